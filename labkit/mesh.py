@@ -1,0 +1,107 @@
+"""The process grid: how many ranks along each axis, and where this one stands.
+
+`Layout` is only numbers and may be made anywhere; `Mesh` belongs to one rank of an initialised process group. Ranks are
+laid out as `arange(world).view(dp, pp, tp)`: tensor-parallel neighbours are adjacent (on one host, on its fast links),
+stages are further apart, replicas furthest.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from labkit.split import LayoutError
+
+AXES = ("dp", "pp", "tp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of tensor, pipeline and data parallelism; `world = dp * pp * tp` ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in (("tensor", self.tp), ("pipeline", self.pp), ("data", self.dp)):
+            if not isinstance(size, int) or size < 1:
+                raise LayoutError(f"{name}_parallel_size={size!r}: use a whole number, 1 or more")
+
+    @property
+    def world(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def place(self, rank: int) -> dict[str, int]:
+        """Coordinates of `rank`: {"dp": replica, "pp": stage, "tp": shard}."""
+        return {"dp": rank // (self.pp * self.tp), "pp": rank // self.tp % self.pp, "tp": rank % self.tp}
+
+    def peers(self, rank: int, axis: str) -> list[int]:
+        """The global ranks along `axis` through `rank`, in order: the group that its collectives on that axis span."""
+        if axis == "world":
+            return list(range(self.world))
+        here = self.place(rank)
+        return [r for r in range(self.world) if {**self.place(r), axis: 0} == {**here, axis: 0}]
+
+    def as_dict(self) -> dict[str, int]:
+        return {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ep": 1}
+
+
+def pick_backend(ranks_on_host: int) -> tuple[str, str]:
+    """(backend, device type) for this host: nccl on a GPU each; gloo when ranks share GPUs or there are none."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0:
+        return "gloo", "cpu"
+    return ("nccl", "cuda") if gpus >= ranks_on_host else ("gloo", "cuda")
+
+
+class Mesh:
+    """This rank's place in the grid, its device, and one process group per axis.
+
+    Args:
+        layout: degrees; `layout.world` must equal the world size of the initialised default process group.
+        device: the rank's own device.
+        timeout: seconds after which a collective on any of the groups gives up.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device, timeout: float = 60.0) -> None:
+        if layout.world != dist.get_world_size():
+            raise LayoutError(
+                f"layout tp={layout.tp} x pp={layout.pp} x dp={layout.dp} needs {layout.world} ranks; "
+                f"{dist.get_world_size()} were started"
+            )
+        self.layout = layout
+        self.device = device
+        self.rank = dist.get_rank()
+        self.world_size = layout.world
+        self.backend: str = dist.get_backend()
+        place = layout.place(self.rank)
+        self.dp_rank, self.pp_rank, self.tp_rank = place["dp"], place["pp"], place["tp"]
+        self._peers = {axis: layout.peers(self.rank, axis) for axis in (*AXES, "world")}
+        self._groups: dict[str, dist.ProcessGroup | None] = {"world": dist.group.WORLD}
+        # The sampled ids go round on a group of their own ("pp_ids"): on the one that carries the hidden states, NCCL would
+        # make them wait for each other.
+        for name, axis in (*((axis, axis) for axis in AXES), ("pp_ids", "pp")):
+            # Every rank takes part in making every group, in the same order, or new_group waits for ever.
+            for peers in sorted({tuple(layout.peers(r, axis)) for r in range(layout.world)}):
+                group = dist.new_group(list(peers), timeout=timedelta(seconds=timeout)) if len(peers) > 1 else None
+                if self.rank in peers:
+                    self._groups[name] = group
+
+    def peers(self, axis: str) -> list[int]:
+        """Global ranks of this rank's group along `axis` ("tp", "pp", "dp" or "world")."""
+        if axis not in self._peers:
+            raise ValueError(f"no axis {axis!r}: use one of {', '.join(self._peers)}")
+        return self._peers[axis]
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The process group along `axis`; also "pp_ids", a second one along "pp". None for a group of this rank alone."""
+        return self._groups[axis]
+
+    def size(self, axis: str) -> int:
+        return len(self.peers(axis))
+
+    def index(self, axis: str) -> int:
+        """This rank's position inside its group along `axis`."""
+        return self.peers(axis).index(self.rank)

@@ -1,0 +1,91 @@
+"""Who owns what: integer arithmetic only, no torch, no communication.
+
+Every function answers "which part of n things belongs to which of p ranks" and is a pure function of its arguments,
+so each rank computes its own share, and everybody else's, without asking anyone. Ranges are half-open `range` objects.
+Shares may be uneven; what can't be shared at all raises `LayoutError`, which names the values that could.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+
+class LayoutError(ValueError):
+    """A degree of parallelism that the model's shape doesn't allow. The message names the legal values."""
+
+
+def even(n: int, parts: int) -> list[range]:
+    """`n` things in `parts` contiguous shares whose sizes differ by at most one, larger ones first (some may be empty)."""
+    if n < 0 or parts < 1:
+        raise LayoutError(f"cannot split {n} things into {parts} parts: n >= 0 and parts >= 1 are needed")
+    size, extra = divmod(n, parts)
+    starts = [i * size + min(i, extra) for i in range(parts + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """One tensor-parallel rank's attention heads: `query` heads, and the `kv` heads that those read.
+
+    A rank's query heads may begin or end inside a group (the query heads that share one KV head). `pad_left` and
+    `pad_right` are how many query heads of the first and last group are *not* on this rank: padding by them makes the
+    local heads a full grid of len(kv) groups, which grouped-query attention needs.
+    """
+
+    query: range
+    kv: range
+    pad_left: int
+    pad_right: int
+
+
+def heads(query_heads: int, kv_heads: int, tp: int) -> list[HeadShare]:
+    """Attention heads over `tp` ranks: query heads as even as can be, a KV head on every rank that reads it.
+
+    9 query and 3 KV heads over tp=2: heads 0-4 with KV 0-1, heads 5-8 with KV 1-2 (KV head 1 is held twice). When
+    tp > kv_heads, KV heads are replicated, and the KV cache per rank stops shrinking with tp.
+    """
+    if kv_heads < 1 or query_heads % kv_heads:
+        raise LayoutError(f"{query_heads} query heads are not a multiple of {kv_heads} key/value heads")
+    if not 1 <= tp <= query_heads:
+        raise LayoutError(
+            f"tensor_parallel_size={tp} does not fit {query_heads} query heads over {kv_heads} key/value heads: "
+            f"each rank needs a query head of its own; use 1 to {query_heads}"
+        )
+    group = query_heads // kv_heads
+    shares = []
+    for q in even(query_heads, tp):
+        kv = range(q.start // group, (q.stop - 1) // group + 1)
+        shares.append(HeadShare(q, kv, q.start - kv.start * group, kv.stop * group - q.stop))
+    return shares
+
+
+def layers(n: int, pp: int, *, before: float = 0.0, after: float = 0.0) -> list[range]:
+    """`n` equal layers over `pp` pipeline stages so that the dearest stage is as cheap as can be.
+
+    `before` is what the first stage does besides its layers (the embedding) and `after` what the last one does (the
+    output head), in units of one layer's cost. Each stage gets at least one layer. Among splits with the same dearest
+    stage, the most even one is taken.
+    """
+    if not 1 <= pp <= n:
+        raise LayoutError(f"pipeline_parallel_size={pp} does not fit {n} layers: use 1 to {n}")
+
+    def cost(stage: int, count: int) -> float:
+        return count + (before if stage == 0 else 0.0) + (after if stage == pp - 1 else 0.0)
+
+    # best[k] = (dearest stage, sum of squares, layers per stage) for the first k layers on the stages so far
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(pp):
+        longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for done, (worst, squares, counts) in best.items():
+            for count in range(1, n - done - (pp - 1 - stage) + 1):
+                c = cost(stage, count)
+                candidate = (max(worst, c), squares + c * c, (*counts, count))
+                if done + count not in longer or candidate < longer[done + count]:
+                    longer[done + count] = candidate
+        best = longer
+    return ranges(best[n][2])
+
+
+def ranges(sizes: Sequence[int]) -> list[range]:
+    """Consecutive ranges of the given sizes: (2, 3) -> [range(0, 2), range(2, 5)]."""
+    return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]

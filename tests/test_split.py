@@ -1,0 +1,88 @@
+"""Shares cover everything, overlap only where they must, and are as even as can be, for any degree."""
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labkit import split
+from labkit.mesh import Layout
+
+
+@given(st.integers(0, 1000), st.integers(1, 64))
+def test_even_shares_cover_everything_once(n: int, parts: int) -> None:
+    shares = split.even(n, parts)
+    assert [i for share in shares for i in share] == list(range(n))
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(1, 16), st.integers(1, 8), st.data())
+def test_heads_are_balanced_and_have_the_kv_they_read(kv_heads: int, group: int, data: st.DataObject) -> None:
+    query_heads = kv_heads * group
+    tp = data.draw(st.integers(1, query_heads))
+    shares = split.heads(query_heads, kv_heads, tp)
+    assert [h for share in shares for h in share.query] == list(range(query_heads))
+    sizes = [len(share.query) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    for share in shares:
+        assert list(share.kv) == sorted({h // group for h in share.query})
+        # Padded, the local query heads are whole groups, in the order of the local KV heads.
+        assert share.pad_left + len(share.query) + share.pad_right == len(share.kv) * group
+        padded_first = share.query.start - share.pad_left
+        assert padded_first == share.kv.start * group
+
+
+def test_smollm2_heads_over_two_and_four_ranks() -> None:
+    two, four = split.heads(9, 3, 2), split.heads(9, 3, 4)
+    assert [len(s.query) for s in two] == [5, 4]
+    assert [list(s.kv) for s in two] == [[0, 1], [1, 2]]  # KV head 1 is on both
+    assert [len(s.query) for s in four] == [3, 2, 2, 2]
+    assert [list(s.kv) for s in four] == [[0], [1], [1, 2], [2]]
+
+
+@pytest.mark.parametrize("tp", [0, 10])
+def test_too_many_ranks_for_the_heads_names_the_legal_values(tp: int) -> None:
+    with pytest.raises(split.LayoutError, match=rf"tensor_parallel_size={tp} .* 9 query heads .* use 1 to 9"):
+        split.heads(9, 3, tp)
+
+
+@given(st.integers(1, 9), st.data(), st.floats(0, 5), st.floats(0, 12))
+def test_layers_have_the_cheapest_dearest_stage(n: int, data: st.DataObject, before: float, after: float) -> None:
+    pp = data.draw(st.integers(1, n))
+    shares = split.layers(n, pp, before=before, after=after)
+    assert [i for share in shares for i in share] == list(range(n))
+
+    def dearest(sizes: list[int]) -> float:
+        costs = [float(s) for s in sizes]
+        costs[0] += before
+        costs[-1] += after
+        return max(costs)
+
+    every_split = [
+        [b - a for a, b in zip((0, *cut), (*cut, n), strict=True)] for cut in combinations(range(1, n), pp - 1)
+    ]
+    assert dearest([len(s) for s in shares]) == pytest.approx(min(dearest(sizes) for sizes in every_split))
+
+
+def test_layers_refuse_more_stages_than_layers() -> None:
+    with pytest.raises(split.LayoutError, match="pipeline_parallel_size=31 does not fit 30 layers: use 1 to 30"):
+        split.layers(30, 31)
+
+
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.data())
+def test_layout_places_ranks_as_arange_view_dp_pp_tp(dp: int, pp: int, tp: int, data: st.DataObject) -> None:
+    layout = Layout(tp=tp, pp=pp, dp=dp)
+    rank = data.draw(st.integers(0, layout.world - 1))
+    place = layout.place(rank)
+    assert (place["dp"] * pp + place["pp"]) * tp + place["tp"] == rank
+    for axis, size in (("tp", tp), ("pp", pp), ("dp", dp)):
+        peers = layout.peers(rank, axis)
+        assert len(peers) == size and peers[place[axis]] == rank
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 0}, {"pp": -1}, {"dp": 1.5}])
+def test_degrees_are_whole_and_positive(degrees: dict) -> None:
+    with pytest.raises(split.LayoutError, match="use a whole number, 1 or more"):
+        Layout(**degrees)
