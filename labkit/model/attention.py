@@ -1,0 +1,191 @@
+"""Causal self-attention over a KV cache, for the heads that one tensor-parallel rank holds.
+
+The cache belongs to one pipeline stage: it holds K and V of that stage's layers only, for `slots` sequences of up to
+`length` tokens. A `Batch` says which tokens of which sequences one forward pass computes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from labkit import split
+from labkit.comm import Comm
+from labkit.model.checkpoint import Piece, parameter
+from labkit.model.config import ModelConfig
+from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+
+
+@dataclass
+class Batch:
+    """Tokens of one step, sequence after sequence: N tokens of B sequences, each with a cache slot of its own.
+
+    Either whole prompts (prefill), or one token each (decode, N = B). Positions count from 0 in each sequence.
+    """
+
+    ids: torch.Tensor  # (N,) token ids
+    positions: torch.Tensor  # (N,)
+    slots: torch.Tensor  # (N,) cache slot of each token
+    last: torch.Tensor  # (B,) where in N each sequence's last token stands
+    lengths: list[int]  # (B,) tokens of each sequence in this step
+    decode: bool
+    context: int  # longest sequence, this step's tokens included
+    rows: slice | torch.Tensor  # the cache slots of the B sequences: a slice where they are neighbours (no copy)
+    mask: torch.Tensor | None  # decode: (B, 1, 1, context), True where there is a token; None if all are equally long
+
+    @classmethod
+    def make(cls, tokens: list[list[int]], starts: list[int], slots: list[int], device: torch.device) -> "Batch":
+        """`tokens[i]` go to positions `starts[i]`... of the sequence in slot `slots[i]`; all starts 0, or one token each."""
+        lengths = [len(t) for t in tokens]
+        decode = any(starts)
+        if decode and max(lengths) > 1:
+            raise ValueError(f"a step is either whole prompts or one token each; got {lengths} tokens at {starts}")
+        context = [start + length for start, length in zip(starts, lengths, strict=True)]
+        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, device=device)
+
+        mask = None
+        if decode and min(context) < max(context):
+            mask = (torch.arange(max(context), device=device) < tensor(context).unsqueeze(1))[:, None, None, :]
+        return cls(
+            ids=tensor([i for t in tokens for i in t]),
+            positions=tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]),
+            slots=tensor([slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)]),
+            last=tensor(np.cumsum(lengths).tolist()) - 1,
+            lengths=lengths,
+            decode=decode,
+            context=max(context),
+            rows=slice(slots[0], slots[0] + len(slots)) if neighbours else tensor(slots),
+            mask=mask,
+        )
+
+
+class KVCache:
+    """K and V of one stage: per layer two tensors (slots, length, kv_heads, head_dim)."""
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        length: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (slots, length, kv_heads, head_dim)
+        self.k = [_zeros(shape, dtype, device) for _ in range(layers)]
+        self.v = [_zeros(shape, dtype, device) for _ in range(layers)]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU of memory that the system hands out only when it is written, so an idle cache costs nothing.
+
+    Zeros and not garbage, because a masked-out NaN times a weight of 0 would still be NaN.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+class Rotary:
+    """Rotary position embedding (arXiv 2104.09864), with linear or Llama 3's scaling (arXiv 2407.21783)."""
+
+    def __init__(self, cfg: ModelConfig, device: torch.device) -> None:
+        rope = cfg.rope
+        exponents = torch.arange(0, cfg.head_dim, 2, device=device).float() / cfg.head_dim
+        freq = 1.0 / (rope["rope_theta"] ** exponents)  # (head_dim / 2,)
+        if rope["rope_type"] == "linear":
+            freq = freq / rope["factor"]
+        elif rope["rope_type"] == "llama3":
+            # Long wavelengths are stretched by `factor`, short ones kept, those between blended.
+            turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
+            freq = (1 - keep) * freq / rope["factor"] + keep * freq
+        self.freq = freq
+
+    def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, (N, 1, head_dim) each: made once per step, used by every layer."""
+        angles = positions.float().unsqueeze(1) * self.freq
+        both = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates (N, heads, head_dim) by position; dimension i is paired with i + head_dim / 2."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """q, k, v column-parallel in one product; scaled-dot-product attention on the local heads; o row-parallel."""
+
+    def __init__(self, cfg: ModelConfig, prefix: str, comm: Comm, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.share = split.heads(cfg.heads, cfg.kv_heads, comm.mesh.size("tp"))[comm.mesh.tp_rank]
+        d, group = cfg.head_dim, cfg.heads // cfg.kv_heads
+        self.grid = (len(self.share.kv), group)
+        q, kv = _scaled(self.share.query, d), _scaled(self.share.kv, d)
+        outs = (("q_proj", cfg.heads * d, q), ("k_proj", cfg.kv_heads * d, kv), ("v_proj", cfg.kv_heads * d, kv))
+        weights = [Piece(f"{prefix}.{name}.weight", (full, cfg.hidden), 0, part) for name, full, part in outs]
+        biases = [Piece(f"{prefix}.{name}.bias", (full,), 0, part) for name, full, part in outs]
+        self.qkv = ColumnParallelLinear(weights, biases if cfg.qkv_bias else [], dtype, device)
+        o_bias = Piece(f"{prefix}.o_proj.bias", (cfg.hidden,), 0, range(cfg.hidden)) if cfg.out_bias else None
+        o_weight = Piece(f"{prefix}.o_proj.weight", (cfg.hidden, cfg.heads * d), 1, q)
+        self.o = RowParallelLinear(o_weight, o_bias, comm, "attention", dtype, device)
+        if cfg.qk_norm:
+            self.q_norm = parameter([Piece(f"{prefix}.q_norm.weight", (d,), 0, range(d))], dtype, device)
+            self.k_norm = parameter([Piece(f"{prefix}.k_norm.weight", (d,), 0, range(d))], dtype, device)
+
+    def forward(
+        self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """x (N, hidden) -> (N, hidden). Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
+        d = self.cfg.head_dim
+        n_q, n_kv = len(self.share.query), len(self.share.kv)
+        q, new_k, new_v = self.qkv(x).view(-1, n_q + 2 * n_kv, d).split((n_q, n_kv, n_kv), dim=1)
+        if self.cfg.qk_norm:
+            q = F.rms_norm(q, (d,), self.q_norm, self.cfg.rms_eps)
+            new_k = F.rms_norm(new_k, (d,), self.k_norm, self.cfg.rms_eps)
+        q, new_k = rotate(q, *rope), rotate(new_k, *rope)
+        k[batch.slots, batch.positions] = new_k
+        v[batch.slots, batch.positions] = new_v
+        # Fill up groups that this rank holds only in part, so that the heads are a grid of (kv heads, group).
+        share = self.share
+        if share.pad_left or share.pad_right:
+            q = F.pad(q, (0, 0, share.pad_left, share.pad_right))
+        out = self._decode(q, k, v, batch) if batch.decode else self._prefill(q, new_k, new_v, batch)
+        out = out[:, share.pad_left : share.pad_left + n_q]
+        return self.o(out.reshape(-1, n_q * d))
+
+    def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """One new token for each of B sequences, all at once. A group's query heads share K and V like rows of one query."""
+        keys = k[batch.rows, : batch.context].transpose(1, 2)  # (B, kv, context, d)
+        values = v[batch.rows, : batch.context].transpose(1, 2)
+        grid = q.view(-1, *self.grid, self.cfg.head_dim)  # (B, kv, group, d)
+        out = F.scaled_dot_product_attention(grid, keys, values, attn_mask=batch.mask)
+        return out.reshape(q.shape)
+
+    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Whole prompts, one by one: each attends to itself, so the new K and V are all there is to read."""
+        outs = []
+        for qs, ks, vs in zip(*(t.split(batch.lengths) for t in (q, k, v)), strict=True):
+            qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (qs, ks, vs))  # (1, heads, length, d)
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            outs.append(out.squeeze(0).transpose(0, 1))
+        return torch.cat(outs)
+
+
+def _scaled(part: range, by: int) -> range:
+    return range(part.start * by, part.stop * by)

@@ -1,0 +1,154 @@
+"""What a decoder-only model looks like, read from a Hugging Face config.json.
+
+`ModelConfig` holds numbers only; it knows nothing of files of weights, of ranks or of tensors. An architecture or option
+that the decoder doesn't implement is refused by name here, before anything starts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labkit.model.errors import ModelError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape and options of one decoder. Sizes count elements; `rope` holds rope_type, rope_theta and what the type needs."""
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    rms_eps: float
+    rope: Mapping[str, Any]
+    tied: bool  # output head shares the embedding's matrix
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    dtype: str
+    bos_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    sliding_window: int | None = None
+
+    @property
+    def layer_params(self) -> int:
+        """Matrix parameters of one layer (biases and norms, below 0.1 %, left out)."""
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers in 16-bit numbers, each KV head held once."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 2
+
+    @classmethod
+    def read(cls, path: Path) -> "ModelConfig":
+        """From a config.json, or the folder that holds one."""
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{file} does not exist: a model folder needs a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file} is not JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise ModelError(f"{file} holds a {type(raw).__name__}, not a JSON object")
+        return cls.from_dict(raw, where=str(file))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> "ModelConfig":
+        """From the mapping that a config.json holds. Raises ModelError naming what is missing, wrong or not supported."""
+
+        def size(key: str, default: int | None = None) -> int:
+            value = raw.get(key)
+            value = default if value is None else value
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"{where}: {key}={value!r}; a whole number, 1 or more, is needed")
+            return value
+
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise ModelError(f"{where}: model_type={family!r} is not supported; supported are {', '.join(FAMILIES)}")
+        act = raw.get("hidden_act", "silu")
+        if act not in ("silu", "swish"):
+            raise ModelError(f"{where}: hidden_act={act!r} is not supported; supported is 'silu'")
+        if raw.get("quantization_config"):
+            raise ModelError(f"{where}: quantization_config is not supported; use an unquantised checkpoint")
+        heads = size("num_attention_heads")
+        kv_heads = size("num_key_value_heads", heads)
+        hidden = size("hidden_size")
+        if heads % kv_heads:
+            raise ModelError(
+                f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}"
+            )
+        if raw.get("head_dim") is None and hidden % heads:
+            raise ModelError(f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        attention_bias = bool(raw.get("attention_bias", False))
+        return cls(
+            family=family,
+            layers=size("num_hidden_layers"),
+            hidden=hidden,
+            intermediate=size("intermediate_size"),
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=size("head_dim", hidden // heads),
+            vocab=size("vocab_size"),
+            max_positions=size("max_position_embeddings", 2048),
+            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope=_rope(raw, where),
+            tied=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2" or attention_bias,
+            out_bias=family in ("llama", "qwen3") and attention_bias,
+            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+            qk_norm=family == "qwen3",
+            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+            bos_ids=_ids(raw.get("bos_token_id")),
+            eos_ids=_ids(raw.get("eos_token_id")),
+            sliding_window=_sliding_window(raw, where),
+        )
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
+
+
+def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rotary embedding options from either spelling: rope_theta + rope_scaling, or the newer rope_parameters."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ModelError(
+            f"{where}: rope type {rope['rope_type']!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }[rope["rope_type"]]
+    if missing := [key for key in needed if key not in rope]:
+        raise ModelError(f"{where}: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
+    if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ModelError(f"{where}: partial_rotary_factor is not supported")
+    return rope
+
+
+def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
+    """Tokens that attention may look back over, or None. Contexts up to it are served; longer ones are refused later."""
+    if raw.get("model_type") in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+        return None
+    window = raw.get("sliding_window")
+    if raw.get("model_type") == "llama" and window:
+        raise ModelError(f"{where}: sliding_window={window!r} is not supported for llama")
+    return window

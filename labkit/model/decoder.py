@@ -1,0 +1,126 @@
+"""One decoder-only transformer, cut to what a single rank holds: its stage's layers, and its share of each of them.
+
+Written once for every family and layout. It knows how tensors are shared (through `parallel.tensor` and `Comm`), and
+nothing of requests, sampling or files.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from labkit import split
+from labkit.comm import Comm
+from labkit.model.attention import Attention, Batch, KVCache, Rotary
+from labkit.model.checkpoint import Piece, parameter
+from labkit.model.config import ModelConfig
+from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
+
+
+def stage_layers(cfg: ModelConfig, pp: int) -> list[range]:
+    """Layers of each pipeline stage, balanced by the weight bytes that a decode step reads.
+
+    The output head is read whole, like several layers (8 of SmolLM2's); of the embedding a step reads one row.
+    """
+    head = cfg.vocab * cfg.hidden / cfg.layer_params
+    return split.layers(cfg.layers, pp, before=cfg.hidden / cfg.layer_params, after=head)
+
+
+def check_layout(cfg: ModelConfig, tp: int, pp: int) -> None:
+    """Raises LayoutError, naming the legal values, if the model can't be cut this way."""
+    split.heads(cfg.heads, cfg.kv_heads, tp)
+    for name, size in (("intermediate_size", cfg.intermediate), ("vocab_size", cfg.vocab)):
+        if tp > size:
+            raise split.LayoutError(f"tensor_parallel_size={tp} does not fit {name} {size}: use 1 to {size}")
+    split.layers(cfg.layers, pp)
+
+
+class MLP(nn.Module):
+    """SwiGLU: gate and up column-parallel in one product, down row-parallel."""
+
+    def __init__(self, cfg: ModelConfig, prefix: str, comm: Comm, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        full, hidden = cfg.intermediate, cfg.hidden
+        part = split.even(full, comm.mesh.size("tp"))[comm.mesh.tp_rank]
+        names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+        weights = [Piece(f"{name}.weight", (full, hidden), 0, part) for name in names]
+        biases = [Piece(f"{name}.bias", (full,), 0, part) for name in names] if cfg.mlp_bias else []
+        self.gate_up = ColumnParallelLinear(weights, biases, dtype, device)
+        bias = Piece(f"{prefix}.down_proj.bias", (hidden,), 0, range(hidden)) if cfg.mlp_bias else None
+        weight = Piece(f"{prefix}.down_proj.weight", (hidden, full), 1, part)
+        self.down = RowParallelLinear(weight, bias, comm, "mlp", dtype, device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual."""
+
+    def __init__(self, cfg: ModelConfig, number: int, comm: Comm, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        prefix = f"model.layers.{number}"
+        self.eps = cfg.rms_eps
+        self.input_norm = norm_weight(f"{prefix}.input_layernorm.weight", cfg, dtype, device)
+        self.attention = Attention(cfg, f"{prefix}.self_attn", comm, dtype, device)
+        self.post_norm = norm_weight(f"{prefix}.post_attention_layernorm.weight", cfg, dtype, device)
+        self.mlp = MLP(cfg, f"{prefix}.mlp", comm, dtype, device)
+
+    def forward(
+        self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        x = x + self.attention(F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps), batch, rope, k, v)
+        return x + self.mlp(F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps))
+
+
+def norm_weight(name: str, cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return parameter([Piece(name, (cfg.hidden,), 0, range(cfg.hidden))], dtype, device)
+
+
+class Decoder(nn.Module):
+    """This rank's part. First stage: token ids in; others: the residual (N, hidden) of the stage before.
+
+    Last stage: logits out, (B, this rank's part of the vocabulary) for each sequence's last token; others: the residual.
+    """
+
+    def __init__(self, cfg: ModelConfig, comm: Comm, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.mesh = mesh = comm.mesh
+        device = mesh.device
+        self.cfg, self.dtype = cfg, dtype
+        self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.layout.pp - 1
+        numbers = stage_layers(cfg, mesh.layout.pp)[mesh.pp_rank]
+        rows = split.even(cfg.vocab, mesh.layout.tp)[mesh.tp_rank]
+        embedding = Piece("model.embed_tokens.weight", (cfg.vocab, cfg.hidden), 0, rows)
+        if self.first:
+            self.embed = VocabParallelEmbedding(embedding, comm, dtype, device)
+        self.rope = Rotary(cfg, device)
+        self.layers = nn.ModuleList(Layer(cfg, i, comm, dtype, device) for i in numbers)
+        if self.last:
+            self.norm = norm_weight("model.norm.weight", cfg, dtype, device)
+            shared = cfg.tied and self.first
+            piece = embedding if cfg.tied else Piece("lm_head.weight", (cfg.vocab, cfg.hidden), 0, rows)
+            self.head = VocabParallelHead(
+                self.embed.weight if shared else parameter([piece], dtype, device), cfg.vocab, comm
+            )
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+    def cache(self, slots: int, length: int) -> KVCache:
+        """A KV cache for this stage's layers and this rank's KV heads."""
+        kv_heads = len(split.heads(self.cfg.heads, self.cfg.kv_heads, self.mesh.layout.tp)[self.mesh.tp_rank].kv)
+        return KVCache(
+            len(self.layers), slots, length, kv_heads, self.cfg.head_dim, dtype=self.dtype, device=self.mesh.device
+        )
+
+    def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        if self.first:
+            x = self.embed(x)
+        rope = self.rope.tables(batch.positions, self.dtype)
+        for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
+            x = layer(x, batch, rope, k, v)
+        if not self.last:
+            return x
+        return self.head(F.rms_norm(x[batch.last], x.shape[-1:], self.norm, self.cfg.rms_eps))

@@ -1,0 +1,54 @@
+"""Published shapes that `random:NAME` (seeded random weights) and dry runs know by name, as Hugging Face config entries.
+
+Sources: the config.json of each model's page on the Hugging Face Hub; Llama 3.1: arXiv 2407.21783, table 3.
+"""
+
+from typing import Any
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _shape(
+    family: str, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, vocab: int, **more: Any
+) -> dict[str, Any]:
+    sizes = {
+        "model_type": family,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",
+    }
+    return {**sizes, **more}
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": _shape(
+        "llama", 30, 576, 1536, 9, 3, 49152,
+        max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True,
+    ),
+    "tinyllama-1.1b": _shape("llama", 22, 2048, 5632, 32, 4, 32000, max_position_embeddings=2048),
+    "llama-2-7b": _shape("llama", 32, 4096, 11008, 32, 32, 32000, max_position_embeddings=4096),
+    "llama-2-70b": _shape("llama", 80, 8192, 28672, 64, 8, 32000, max_position_embeddings=4096),
+    "llama-3.1-8b": _shape(
+        "llama", 32, 4096, 14336, 32, 8, 128256,
+        max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=_LLAMA3,
+    ),
+    "llama-3.1-70b": _shape(
+        "llama", 80, 8192, 28672, 64, 8, 128256,
+        max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=_LLAMA3,
+    ),
+    "llama-3.1-405b": _shape(
+        "llama", 126, 16384, 53248, 128, 8, 128256,
+        max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=_LLAMA3,
+    ),
+}  # fmt: skip

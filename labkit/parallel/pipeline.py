@@ -1,0 +1,31 @@
+"""Pipeline parallelism: each stage owns some layers and their KV cache, and hands one tensor to the next stage.
+
+That tensor is the residual (N, hidden), already summed over tensor-parallel ranks; its shape follows from the plan that
+every stage knows, so nothing announces it. Each tp rank sends to the one with its own number in the next stage. The ids
+that the last stage samples go back to all stages, while they work on other lanes: nobody waits before the lane's next turn.
+
+With p stages and m lanes in flight, one pass leaves each stage idle for (p - 1) / (m + p - 1) of the time, the bubble
+(GPipe, arXiv 1811.06965).
+"""
+
+import torch
+
+from labkit.comm import Comm, Pending
+from labkit.model.attention import Batch
+from labkit.model.decoder import Decoder
+
+
+def receive(comm: Comm, batch: Batch, decoder: Decoder) -> torch.Tensor:
+    """What this stage's layers work on: ids (N,) on the first stage, else the residual (N, hidden) from the stage before."""
+    if decoder.first:
+        return batch.ids
+    x = torch.empty(len(batch.ids), decoder.cfg.hidden, dtype=decoder.dtype, device=comm.device)
+    return comm.recv(x, comm.mesh.pp_rank - 1, "pp", "hidden")
+
+
+def pass_on(comm: Comm, y: torch.Tensor, ids: torch.Tensor | None, sequences: int) -> Pending:
+    """Sends the residual to the next stage, or, from the last one, the sampled ids (B,) to all. Gives the ids, later."""
+    if ids is None:
+        comm.send(y, comm.mesh.pp_rank + 1, "pp", "hidden")
+        ids = torch.empty(sequences, dtype=torch.int64, device=comm.device)
+    return comm.broadcast_start(ids, comm.mesh.layout.pp - 1, "pp", "ids")

@@ -1,0 +1,69 @@
+"""The decoder against transformers, in float32, on real ranks, in every layout of up to four."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from labkit import Layout, run
+from labkit.comm import Comm
+from labkit.model.attention import Batch
+from labkit.model.checkpoint import Checkpoint, fill
+from labkit.model.config import ModelConfig
+from labkit.model.decoder import Decoder
+from labkit.parallel import pipeline
+
+LAYOUTS = [Layout(tp=t, pp=p, dp=d) for t in range(1, 5) for p in range(1, 5) for d in range(1, 5) if t * p * d <= 4]
+PROMPTS = [[5, 9, 77, 100, 31, 0, 8], [44, 3, 60, 12, 12], [1]]
+DECODED = [[17, 2, 90], [80, 81, 82], [99, 98, 4]]  # fed one by one after the prompts
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.nn.Module]]:
+    made = {}
+    for family in tiny.FAMILIES:
+        folder = tmp_path_factory.mktemp(family)
+        made[family] = (folder, tiny.write(family, folder, shards=family == "llama"))
+    return made
+
+
+def logits_of_all_families(comm: Comm, folders: dict[str, Path]) -> dict[str, Any]:
+    """Per family, on each rank of the last stage: logits after the prompts and after every decoded token."""
+    return {family: _logits(comm, folder) for family, folder in folders.items()}
+
+
+@torch.inference_mode()
+def _logits(comm: Comm, folder: Path) -> list[torch.Tensor]:
+    decoder = Decoder(ModelConfig.read(folder), comm, torch.float32)
+    fill(decoder.parameters(), Checkpoint(folder))
+    cache = decoder.cache(slots=5, length=16)
+    slots = [3, 0, 1]  # not neighbours, not in order
+    starts, tokens, out = [0, 0, 0], PROMPTS, []
+    for step in range(4):
+        batch = Batch.make(tokens, starts, slots, comm.device)
+        y = decoder(pipeline.receive(comm, batch, decoder), batch, cache)
+        if decoder.last:
+            out.append(decoder.head.gather(y))
+        else:
+            comm.send(y, comm.mesh.pp_rank + 1, "pp", "hidden")
+        starts = [start + len(t) for start, t in zip(starts, tokens, strict=True)]
+        tokens = [[ids[step]] for ids in DECODED] if step < 3 else []
+    comm.flush()
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"tp{x.tp}-pp{x.pp}-dp{x.dp}")
+def test_logits_are_transformers_logits(layout: Layout, checkpoints: dict) -> None:
+    folders = {family: folder for family, (folder, _) in checkpoints.items()}
+    ranks = run(logits_of_all_families, layout=layout, args=(folders,), timeout=120)
+    for family, (_, reference) in checkpoints.items():
+        for rank, result in enumerate(ranks):
+            if layout.place(rank)["pp"] < layout.pp - 1:
+                continue
+            for i, (prompt, decoded) in enumerate(zip(PROMPTS, DECODED, strict=True)):
+                expected = tiny.reference_logits(reference, prompt + decoded)[len(prompt) - 1 :]
+                got = torch.stack([step[i] for step in result[family]])
+                difference = (got - expected).abs().max().item()
+                assert difference <= 1e-4, f"{family}, rank {rank}, prompt {i}: max difference {difference}"

@@ -1,0 +1,96 @@
+"""The CUDA path as far as it goes without a GPU: the same decoder and Comm on fake `cuda` tensors, group "fake".
+
+Every shape and device of a real run is computed and checked by PyTorch, nothing is calculated. A CPU tensor that strays
+into the model fails here. What this can't show: values, NCCL, speed.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
+"""
+
+PROGRAM = """
+import sys, torch, torch.distributed as dist
+if len(sys.argv) > 3:
+    torch.ops.load_library(sys.argv[3])
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from labkit.comm import Comm
+from labkit.mesh import Layout, Mesh
+from labkit.model.attention import Batch
+from labkit.model.decoder import Decoder
+from labkit.model.find import find
+from labkit.parallel import pipeline
+
+rank, fault = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=16)
+with FakeTensorMode(), torch.inference_mode():
+    comm = Comm(Mesh(Layout(tp=8, pp=2), torch.device("cuda")), timed=False)
+    decoder = Decoder(find("random:llama-3.1-405b").config, comm, torch.bfloat16)
+    cache = decoder.cache(slots=3, length=64)
+    for tokens, starts in (([[1] * 9, [2] * 4], [0, 0]), ([[1], [2]], [9, 4])):
+        batch = Batch.make(tokens, starts, [2, 0], comm.device)
+        y = decoder(pipeline.receive(comm, batch, decoder), batch, cache)
+        if fault == "cpu mask":
+            y = y + torch.ones(y.shape)
+        if fault == "cpu collective":
+            comm.all_reduce(torch.ones(4, device="cpu"), "tp")
+        assert y.device.type == "cuda", y.device
+        if decoder.last:
+            assert y.shape == (2, 128256 // 8), y.shape
+            assert decoder.head.argmax(y).shape == (2,)
+            assert decoder.head.gather(y).shape == (2, 128256)
+        else:
+            assert y.shape == (batch.ids.shape[0], 16384), y.shape
+            comm.send(y, 1, "pp", "hidden")
+    print(decoder.weights_bytes, cache.bytes, comm.tallies["all_reduce", "tp", "", "mlp"].calls)
+"""
+
+
+@pytest.fixture(scope="module")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A build of torch without CUDA needs a device guard that does nothing; with CUDA there is one already."""
+    if torch.version.cuda:
+        return []
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the two-line CUDA device guard that fake tensors need on a CPU build")
+    folder = tmp_path_factory.mktemp("guard")
+    source, library = folder / "guard.cpp", folder / "guard.so"
+    source.write_text(GUARD)
+    root = Path(torch.__file__).parent
+    command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{root}/include", str(source), "-o", str(library)]
+    subprocess.run([*command, f"-L{root}/lib", "-lc10"], check=True)
+    return [str(library)]
+
+
+def program(rank: int, fault: str, guard: list[str]) -> subprocess.CompletedProcess[str]:
+    # A process of its own: the guard and the fake default group would stay behind in this one.
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(rank), fault, *guard], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 15], ids=["first stage", "last stage"])
+def test_405b_over_16_fake_gpus(rank: int, guard: list[str]) -> None:
+    done = program(rank, "", guard)
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights, kv, reduces = map(int, done.stdout.split())
+    assert weights == pytest.approx(405_853_388_800 * 2 / 16, rel=0.01)
+    assert kv == 63 * 2 * 3 * 64 * 1 * 128 * 2  # layers, K and V, slots, length, KV heads, head size, bytes
+    assert reduces == 2 * 63  # two steps, one all-reduce behind each layer's MLP
+
+
+@pytest.mark.parametrize("fault", ["cpu mask", "cpu collective"])
+def test_a_stray_cpu_tensor_is_caught(fault: str, guard: list[str]) -> None:
+    done = program(0, fault, guard)
+    assert done.returncode != 0
+    assert "cpu" in done.stderr.splitlines()[-1]
