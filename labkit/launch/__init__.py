@@ -1,0 +1,1 @@
+"""Starting ranks, and noticing when one of them fails."""
