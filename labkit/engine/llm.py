@@ -1,0 +1,310 @@
+"""`LLM`: text in, text out, over any layout, with vLLM's names.
+
+In a script or notebook it starts local ranks and sends them one message per `generate`; under torchrun it finds itself on a
+rank and runs in place, on every rank alike. It turns text into ids and back, and knows nothing of how ranks share the work.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from labkit.comm import Comm
+from labkit.engine.core import DTYPES, Engine, EngineOptions
+from labkit.engine.report import assemble
+from labkit.engine.requests import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams, Token
+from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, threads_per_rank
+from labkit.mesh import Layout
+from labkit.model.decoder import check_layout
+from labkit.model.errors import ModelError
+from labkit.model.find import DEFAULT, Model, find
+
+Prompt = str | list[int] | dict[str, list[int]]
+
+
+class LLM:
+    """A model served by tensor_parallel_size x pipeline_parallel_size x data_parallel_size ranks.
+
+    Args:
+        model: "smollm2-135m", a Hugging Face folder, a GGUF file, "random:NAME" (seeded random weights of a known shape or
+            a config.json), or a Hub id.
+        tensor_parallel_size, pipeline_parallel_size, data_parallel_size: degrees; each replica is tp x pp ranks.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        max_model_len: longest prompt plus output, in tokens; the KV cache is made for it.
+        max_num_seqs: sequences in flight at once, on each replica.
+        max_num_batched_tokens: prompt tokens in one prefill step.
+        seed: of random weights, and of the noise of requests that bring no seed.
+        threads: torch threads of each rank; by default the cores shared out evenly.
+        collective_timeout: seconds that a rank waits for another before the run is given up.
+
+    Raises ModelError for a model that isn't supported, LayoutError for degrees that don't fit it, both before any rank
+    starts; RankError when a rank fails. After a RankError the next call starts fresh ranks.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT,
+        *,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
+        dtype: str = "auto",
+        max_model_len: int = 2048,
+        max_num_seqs: int = 16,
+        max_num_batched_tokens: int = 4096,
+        seed: int = 0,
+        threads: int | None = None,
+        collective_timeout: float = 60.0,
+    ) -> None:
+        self.layout = Layout(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
+        self.model: Model = find(model)
+        config = self.model.config
+        check_layout(config, self.layout.tp, self.layout.pp)
+        if enable_expert_parallel:
+            raise ModelError(f"enable_expert_parallel=True: {model} has no experts to spread")
+        self.options = EngineOptions(
+            dtype=_dtype(dtype, config.dtype),
+            max_model_len=_at_least_one("max_model_len", min(max_model_len, config.max_positions)),
+            max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
+            max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
+            seed=seed,
+        )
+        if config.sliding_window and self.options.max_model_len > config.sliding_window:
+            raise ModelError(
+                f"max_model_len={self.options.max_model_len}: sliding-window attention is not supported; "
+                f"use at most the window, {config.sliding_window}"
+            )
+        self.threads = threads or threads_per_rank(self.layout.world)
+        self._timeout = collective_timeout
+        self._group: RankGroup | None = None
+        self._engine: Engine | None = None
+        self._tokens: list[list[Token]] = []
+        self._rank_reports: list[dict[str, Any]] = []
+        if in_torchrun():
+            comm = join_torchrun(self.layout, collective_timeout=collective_timeout)
+            self._engine = Engine(self.model, comm, self.options)
+        else:
+            self._start()
+
+    # -- generating ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Serves all prompts together; outputs in the prompts' order. One SamplingParams for all, or one for each."""
+        single = isinstance(prompts, str | dict) or _is_ids(prompts)
+        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        requests = self._requests(many, sampling_params)
+        tokens = [token for step in self._run(requests) for token in step]
+        return [
+            self._output(r, p, [t for t in tokens if t.request == r.index]) for r, p in zip(requests, many, strict=True)
+        ]
+
+    def chat(
+        self, messages: list[dict[str, str]], sampling_params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """One answer to a conversation [{"role": ..., "content": ...}, ...], through the model's own chat template."""
+        return self.generate(self.chat_prompt(messages), sampling_params)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids that the model's chat template makes of a conversation."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """The output of one prompt, piece by piece as it is generated."""
+        requests = self._requests([prompt], sampling_params)
+        decoder = DecodeStream(skip_special_tokens=True)
+        for step in self._run(requests):
+            for token in step:
+                if text := decoder.step(self.tokenizer.backend_tokenizer, token.id):
+                    yield text
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer (transformers)."""
+        if self.model.folder is None:
+            raise ModelError(f"{self.model.name} has no tokenizer: prompts must be token ids, and so are the outputs")
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model.folder, local_files_only=True)
+
+    @property
+    def leads(self) -> bool:
+        """True where outputs should be shown: everywhere but on ranks 1, 2, ... of a torchrun."""
+        return self._engine is None or self._engine.comm.rank == 0
+
+    # -- what was measured ---------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Measured in the last `generate`: speed, bytes and calls of communication, memory of each rank.
+
+        Fields: `labkit.engine.report.assemble`. Before the first `generate`, only what each rank holds.
+        """
+        return assemble(self.layout, self.options, self.threads, self._rank_reports, self._tokens)
+
+    # -- ranks ---------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends the ranks. The next call to `generate` would start new ones."""
+        if self._group:
+            self._group.close()
+            self._group = None
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> RankGroup:
+        group = RankGroup(
+            _serve,
+            self.layout.world,
+            args=(self.model, self.options),
+            layout=self.layout,
+            threads=self.threads,
+            collective_timeout=self._timeout,
+        )
+        ready = dict(group.receive() for _ in range(self.layout.world))
+        self._rank_reports = [ready[rank] for rank in sorted(ready)]
+        self._group = group
+        return group
+
+    def _run(self, requests: list[Request]) -> Iterator[list[Token]]:
+        """Serves the requests; yields each step's tokens, and keeps what `report` needs."""
+        self._tokens = []
+        for step in self._run_in_place(self._engine, requests) if self._engine else self._run_on_ranks(requests):
+            self._tokens.append(step)
+            yield step
+
+    def _run_on_ranks(self, requests: list[Request]) -> Iterator[list[Token]]:
+        group = self._group or self._start()
+        finished = False
+        try:
+            group.send(requests)
+            replicas = self.layout.dp
+            while replicas:
+                _, message = group.receive()
+                if isinstance(message, list):
+                    yield message
+                else:
+                    replicas -= 1
+                    self._rank_reports = message["ranks"]
+            finished = True
+        finally:
+            if not finished:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use
+                self.close()
+
+    def _run_in_place(self, engine: Engine, requests: list[Request]) -> Iterator[list[Token]]:
+        if self.layout.dp == 1:
+            yield from engine.generate(requests)
+        else:  # replicas differ in what they serve: put it together at the end
+            steps = list(engine.generate(_share(requests, engine.comm)))
+            replicas = engine.comm.gather_objects(steps)[:: self.layout.tp * self.layout.pp]
+            yield from sorted((s for replica in replicas for s in replica), key=lambda s: s[0].seconds)
+        self._rank_reports = engine.comm.gather_objects(engine.report())
+
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        """Checks everything that can be known before the ranks see it."""
+        if not prompts:
+            raise ValueError("no prompts: give at least one")
+        each = (
+            [params or SamplingParams()] * len(prompts)
+            if params is None or isinstance(params, SamplingParams)
+            else params
+        )
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
+            )
+        return [self._request(i, self._ids(prompt), p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+
+    def _request(self, index: int, ids: list[int], params: SamplingParams) -> Request:
+        room = self.options.max_model_len - len(ids)
+        vocab = self.model.config.vocab
+        if not ids:
+            raise ValueError(f"prompt {index} is empty: at least one token is needed")
+        if room < 1:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; max_model_len={self.options.max_model_len} leaves no room"
+            )
+        if not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+            raise ValueError(f"prompt {index} has token ids outside 0 to {vocab - 1}")
+        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.config.eos_ids))
+        seed = self.options.seed * 1_000_003 + index if params.seed is None else params.seed
+        return Request(index, ids, params, seed, frozenset(ends), min(params.max_tokens, room))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            prompt = prompt["prompt_token_ids"]
+        if not isinstance(prompt, list) or not all(isinstance(i, int) for i in prompt):
+            raise TypeError(
+                f"a prompt is a string, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(prompt).__name__}"
+            )
+        return prompt
+
+    def _output(self, request: Request, prompt: Prompt, tokens: list[Token]) -> RequestOutput:
+        ids = [t.id for t in tokens]
+        shown = ids[:-1] if tokens[-1].finish_reason == "stop" else ids
+        text = self.tokenizer.decode(shown, skip_special_tokens=True) if self.model.folder else ""
+        times = [t.seconds for t in tokens]
+        tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+        return RequestOutput(
+            request_id=str(request.index),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=request.prompt_ids,
+            outputs=[CompletionOutput(0, text, ids, tokens[-1].finish_reason)],
+            finished=tokens[-1].finish_reason is not None,
+            metrics=RequestMetrics(ttft_s=times[0], tpot_s=tpot),
+        )
+
+
+def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
+    """What each launched rank does: load, then serve one message of requests after another until the channel closes."""
+    engine = Engine(model, comm, options)
+    channel.send(engine.report())
+    leads = comm.mesh.pp_rank == comm.mesh.tp_rank == 0
+    while True:
+        try:
+            requests = channel.receive()
+        except EOFError:
+            return
+        for step in engine.generate(_share(requests, comm)):
+            if leads:
+                channel.send(step)
+        reports = comm.gather_objects(engine.report())
+        if leads:
+            channel.send({"ranks": reports})
+
+
+def _share(requests: list[Request], comm: Comm) -> list[Request]:
+    """The requests of this rank's replica."""
+    return requests[comm.mesh.dp_rank :: comm.mesh.layout.dp]
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) for i in prompt)
+
+
+def _dtype(asked: str, checkpoint: str) -> str:
+    name = checkpoint if asked == "auto" else asked
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
+    return name
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}={value}: use 1 or more")
+    return value

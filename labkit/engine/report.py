@@ -1,0 +1,70 @@
+"""One report from what each rank counted: the fields that `LLM.report()`, `labkit generate --json` and `bench` share."""
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from labkit.engine.core import EngineOptions
+from labkit.engine.requests import Token
+from labkit.launch.local import oversubscribed
+from labkit.measure.machine import hardware
+from labkit.mesh import Layout, pick_backend
+
+
+def assemble(
+    layout: Layout,
+    options: EngineOptions,
+    threads: int,
+    ranks: Sequence[dict[str, Any]],
+    steps: Sequence[Sequence[Token]],
+) -> dict[str, Any]:
+    """The report of one `generate`.
+
+    tokens_per_s: generated tokens of all requests over the whole time. ttft_ms, tpot_ms: medians over requests of the time to
+    the first token, and of the mean time between later ones (None without a second token). comm: one entry per operation,
+    axis, phase and kind; per token = per decode step of one sequence (decode) or per prompt token (prefill), on the rank
+    that does most of it; with a batch, one call serves several sequences, so calls_per_token is below calls per step.
+    """
+    times: dict[int, list[float]] = {}
+    for step in steps:
+        for token in step:
+            times.setdefault(token.request, []).append(token.seconds)
+    tpots = [(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1]
+    generated = sum(len(t) for t in times.values())
+    seconds = max((r["seconds"] for r in ranks), default=0.0)
+    backend, device = pick_backend(layout.world)
+    return {
+        "layout": layout.as_dict(),
+        "hardware": hardware(device),
+        "backend": backend,
+        "dtype": options.dtype,
+        "threads_per_rank": threads,
+        "oversubscribed": oversubscribed(layout.world),
+        "tokens_per_s": generated / seconds if seconds else None,
+        "ttft_ms": median(t[0] for t in times.values()) * 1e3 if times else None,
+        "tpot_ms": median(tpots) * 1e3 if tpots else None,
+        "bubble_fraction": max((r["bubble_fraction"] for r in ranks), default=0.0),
+        "ranks": [{k: v for k, v in r.items() if k != "comm"} for r in ranks],
+        "comm": _comm(ranks),
+    }
+
+
+def _comm(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind of operation, the figures of the busiest rank."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for rank in ranks:
+        for entry in rank["comm"]:
+            tokens = max(entry["tokens"], 1)
+            name = {k: entry[k] for k in ("op", "axis", "phase", "what")}
+            row = rows.setdefault(tuple(name.values()), {**name, **dict.fromkeys(_PER_TOKEN, 0.0)})
+            for field, (source, scale) in _PER_TOKEN.items():
+                row[field] = max(row[field], entry[source] * scale / tokens)
+    return list(rows.values())
+
+
+_PER_TOKEN = {
+    "calls_per_token": ("calls", 1),
+    "payload_bytes_per_token": ("payload_bytes", 1),
+    "wire_bytes_per_token": ("wire_bytes", 1),
+    "ms_per_token": ("seconds", 1e3),
+}
