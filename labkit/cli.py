@@ -1,0 +1,223 @@
+"""`labkit ...`: the command line. It reads arguments, calls the library, prints; nothing is computed here.
+
+Each command takes --json (one JSON object on stdout and nothing else) and exits with 0, 1 (it failed) or 2 (wrong usage).
+Heavy imports wait until a command needs them, so that `labkit --help` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="The Model Parallelism Lab: serve one language model from several devices, and measure it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+bench = typer.Typer(help="Measured figures on a given layout: medians and spread.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+console = Console()
+
+ModelName = Annotated[
+    str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file, random:NAME, or a Hub id")
+]
+Tp = Annotated[int, typer.Option("--tp", help="tensor-parallel degree")]
+Pp = Annotated[int, typer.Option("--pp", help="pipeline stages")]
+Dp = Annotated[int, typer.Option("--dp", help="data-parallel replicas")]
+Ep = Annotated[bool, typer.Option("--ep", help="spread the experts of a mixture-of-experts model over dp x tp")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
+Threads = Annotated[int | None, typer.Option("--threads", help="threads of each rank [default: cores over ranks]")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of noise, and of random weights")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def finish(result: Any, as_json: bool, show: Callable[[], Any], ok: bool = True) -> None:
+    """Prints a command's result and ends it."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show()
+    raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: Python, torch, backends, cores, GPUs, a two-rank ping, disk, the default model."""
+    from labkit.measure.doctor import examine
+
+    result = examine()
+
+    def show() -> None:
+        for check in result["checks"]:
+            mark = "[green]\\[OK][/]" if check["ok"] else "[red]\\[FAIL][/]"
+            console.print(f"{mark} {check['name']}: {check['detail']}")
+            if not check["ok"]:
+                console.print(f"       mend: {check['mend']}")
+
+    finish(result, as_json, show, ok=all(check["ok"] for check in result["checks"]))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="text to continue")],
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    max_tokens: Annotated[int, typer.Option(help="generate at most this many tokens")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    seed: Seed = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, where rank 0 prints."""
+    from labkit import LLM, SamplingParams
+
+    llm = LLM(
+        model,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        data_parallel_size=dp,
+        enable_expert_parallel=ep,
+        dtype=dtype,
+        seed=seed,
+        threads=threads,
+    )
+    with llm:
+        params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
+        asked = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
+        output = llm.generate(asked, params)[0].outputs[0]
+        report = llm.report()
+        leads = llm.leads
+    if not leads:
+        return
+    result = {"text": output.text, "token_ids": output.token_ids, "layout": report["layout"], "report": report}
+
+    def show() -> None:
+        print(output.text)
+        console.print(_layout_table([report]))
+
+    finish(result, as_json, show)
+
+
+@bench.command("decode")
+def bench_decode(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 32,
+    tokens: Annotated[int, typer.Option(help="tokens to generate for each")] = 64,
+    repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 5,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Decode speed: time per output token, tokens/s, and the part of it spent in communication."""
+    from labkit.measure.bench import decode
+
+    row = decode(
+        model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats,
+        threads=threads,
+    )  # fmt: skip
+    finish({"results": [row]}, as_json, lambda: console.print(_layout_table([row])))
+
+
+@app.command()
+def lessons(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="lessons, e.g. 03 or 03_tensor_parallel [default: all]")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="ci (short), laptop, or gpu")] = "ci",
+    out: Annotated[Path, typer.Option(help="where executed notebooks go")] = Path("build/lessons"),
+    as_json: Json = False,
+) -> None:
+    """Run the lessons, measured, and grade them; a table of status, time and grade."""
+    from labkit.lab import lessons as runner
+
+    rows = runner.run_lessons(names or [], profile, out)
+    ok = all(row["status"] == "passed" for row in rows)
+    finish({"lessons": rows}, as_json, lambda: console.print(runner.table(rows)), ok=ok)
+
+
+@app.command()
+def grade(
+    paths: Annotated[list[Path], typer.Argument(help="exercise notebooks, or folders of them")],
+    csv: Annotated[Path | None, typer.Option(help="also write a CSV file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run exercise notebooks and grade them. Exit 0 means that they could be graded, whatever the grade."""
+    from labkit.lab import grade as grader
+
+    result = grader.grade(paths, csv)
+    finish(result, as_json, lambda: console.print(grader.table(result)))
+
+
+@app.command()
+def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a free one")] = 8888) -> None:
+    """Open JupyterLab on the lessons (on loopback only)."""
+    import subprocess
+
+    raise typer.Exit(
+        subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", "--ip=127.0.0.1", "notebooks"])
+    )
+
+
+def _layout_table(rows: list[dict[str, Any]]) -> Table:
+    """Reports side by side."""
+    table = Table(title=f"{rows[0]['hardware']}, {rows[0]['dtype']}, {rows[0]['backend']}")
+    for name in (
+        "layout",
+        "tokens/s",
+        "TTFT ms",
+        "TPOT ms",
+        "of it comm. ms",
+        "calls/token",
+        "weights MB/rank",
+        "note",
+    ):
+        table.add_column(name, justify="left" if name in ("layout", "note") else "right")
+    for row in rows:
+        layout = " ".join(f"{k}={v}" for k, v in row["layout"].items() if v > 1) or "one rank"
+        decode = [c for c in row["comm"] if c["phase"] == "decode"]
+        table.add_row(
+            layout,
+            _number(row["tokens_per_s"]),
+            _number(row["ttft_ms"]),
+            _number(row["tpot_ms"]),
+            _number(sum(c["ms_per_token"] for c in decode)),
+            _number(sum(c["calls_per_token"] for c in decode)),
+            _number(max(r["weights_bytes"] for r in row["ranks"]) / 1e6),
+            "oversubscribed: times mean little" if row["oversubscribed"] else "",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def main() -> None:
+    """Runs the command. What the user can mend is one line on stderr, without a traceback: exit 2 for a value that can't
+    be used, 1 for a model or a rank that failed."""
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        from labkit.launch.local import RankError
+        from labkit.model.errors import ModelError
+
+        if not isinstance(error, ValueError | RankError | OSError):
+            raise
+        print(f"labkit: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ValueError) and not isinstance(error, ModelError) else 1) from None

@@ -1,0 +1,102 @@
+"""The command line as people and scripts use it: text for people, one JSON object with --json, honest exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPORT = {
+    "layout", "hardware", "backend", "dtype", "threads_per_rank", "oversubscribed", "tokens_per_s", "ttft_ms", "tpot_ms",
+    "bubble_fraction", "ranks", "comm",
+}  # fmt: skip
+RANK = {"rank", "stage", "weights_bytes", "bytes_read", "kv_bytes", "peak_rss_bytes"}
+COMM = {
+    "op", "axis", "phase", "what", "calls_per_token", "payload_bytes_per_token", "wire_bytes_per_token", "ms_per_token",
+}  # fmt: skip
+
+
+def labkit(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "labkit", *arguments], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == code, f"exit {done.returncode}: {done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def check_report(report: dict, layout: dict) -> None:
+    assert report.keys() >= REPORT
+    assert report["layout"] == layout
+    assert report["tokens_per_s"] > 0 and report["ttft_ms"] > 0 and report["tpot_ms"] > 0
+    assert all(rank.keys() >= RANK and rank["peak_rss_bytes"] > rank["weights_bytes"] for rank in report["ranks"])
+    assert all(entry.keys() == COMM for entry in report["comm"])
+
+
+def test_generate_json_is_one_object_with_the_report() -> None:
+    done = labkit("generate", "The capital of France is", "--tp", "2", "--max-tokens", "6", "--json")
+    result = json.loads(done.stdout)
+    assert result.keys() == {"text", "token_ids", "layout", "report"}
+    assert len(result["token_ids"]) == 6 and result["text"]
+    check_report(result["report"], {"tp": 2, "pp": 1, "dp": 1, "ep": 1})
+
+
+def test_generate_for_people() -> None:
+    done = labkit("generate", "What is the capital of France?", "--chat", "--max-tokens", "20")
+    assert "Paris" in done.stdout and "TPOT ms" in done.stdout
+
+
+def test_torchrun_gives_the_same_tokens_and_prints_once() -> None:
+    arguments = ["generate", "The tide", "--tp", "2", "--max-tokens", "6", "--json"]
+    launched = json.loads(labkit(*arguments).stdout)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "labkit", *arguments],
+        capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    in_place = json.loads(done.stdout)
+    assert in_place["token_ids"] == launched["token_ids"]
+    check_report(in_place["report"], launched["layout"])
+    assert [r["rank"] for r in in_place["report"]["ranks"]] == [0, 1]
+
+
+def test_bench_decode() -> None:
+    done = labkit(
+        "bench", "decode", "--pp", "2", "--tokens", "5", "--prompt", "4", "--batch", "2", "--repeats", "3", "--json"
+    )
+    (row,) = json.loads(done.stdout)["results"]
+    check_report(row, {"tp": 1, "pp": 2, "dp": 1, "ep": 1})
+    assert len(row["tpot_ms_all"]) == 3 and row["tpot_ms"] == row["tpot_ms_all"][1]
+    assert row["weights_gb_per_s"] > 0
+
+
+def test_doctor() -> None:
+    result = json.loads(labkit("doctor", "--json").stdout)
+    assert all(check["ok"] for check in result["checks"]), result["checks"]
+    assert Path(result["default_model_path"], "config.json").exists()
+
+
+def test_doctor_says_what_fails_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where the cache's folder should be")
+    monkeypatch.setenv("LABKIT_CACHE", str(blocked / "cache"))
+    done = labkit("doctor", code=1)
+    assert "[FAIL] default model" in done.stdout and "mend:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["generate", "hello", "--tp", "12"], 2, "tensor_parallel_size=12 does not fit 9 query heads"),
+        (["generate", "hello", "--pp", "31"], 2, "use 1 to 30"),
+        (["generate", "hello", "--dtype", "int3"], 2, "dtype='int3' is not supported"),
+        (["generate", "hello", "--model", "random:smollm2-135m"], 1, "has no tokenizer"),
+        (["generate", "hello", "--model", "nothing"], 1, "no model 'nothing'"),
+        (["generate", "hello", "--ep"], 1, "has no experts"),
+        (["generate"], 2, "Missing argument"),
+        (["bench", "decode", "--tokens", "1"], 2, "tokens=1"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_without_a_traceback(arguments: list[str], code: int, said: str) -> None:
+    done = labkit(*arguments, code=code)
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout == ""
