@@ -6,11 +6,10 @@ from pathlib import Path
 from labkit.model.checkpoint import Checkpoint, RandomWeights, Weights
 from labkit.model.config import ModelConfig
 from labkit.model.errors import ModelError
-from labkit.model.gguf_import import default_gguf, import_gguf
+from labkit.model.gguf_import import DEFAULT_SHA256, default_gguf, import_gguf
 from labkit.model.shapes import SHAPES
 
 DEFAULT = "smollm2-135m"
-DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @dataclass(frozen=True)
