@@ -93,7 +93,8 @@ class RankGroup:
         self._inbox: deque[tuple[int, Any]] = deque()
         self._results: dict[int, Any] = {}
         self._failures: dict[int, tuple[str, str, bool]] = {}  # rank -> traceback, summary, only lost its peer?
-        self._end = weakref.finalize(self, _end, self._processes, list(self._lines.values()), self._folder)
+        self._remains = (self._processes, list(self._lines.values()), self._folder)
+        self._end = weakref.finalize(self, _end, *self._remains)
 
     def send(self, message: Any) -> None:
         """One message to every rank."""
@@ -134,7 +135,8 @@ class RankGroup:
                     raise self._timed_out(timeout)
                 self._listen(left)
         except BaseException:
-            self.close()
+            if self._end.detach():
+                _end(*self._remains, 0.0)  # they wait for each other, or for nobody
             raise
 
     def _listen(self, timeout: float | None) -> None:
@@ -315,19 +317,16 @@ def _main_module_hidden() -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _end(processes: ProcessContext, lines: list[Connection], folder: Path) -> None:
-    """Asks the ranks to end by closing their lines, then makes them."""
+def _end(processes: ProcessContext, lines: list[Connection], folder: Path, patience: float = 1.0) -> None:
+    """Hangs up, upon which ranks that are idle or done end by themselves; ends the others after `patience` seconds."""
     for line in lines:
         line.close()
-    alive = [p for p in processes.processes if p is not None]
-    deadline = time.monotonic() + 1.0
-    for stop in (None, "terminate", "kill"):
+    for seconds, signal_number in ((patience, signal.SIGTERM), (0.5, signal.SIGKILL)):
+        deadline = time.monotonic() + seconds
+        while (alive := [p for p in processes.processes if p.exitcode is None]) and time.monotonic() < deadline:
+            wait([p.sentinel for p in alive], max(0.0, deadline - time.monotonic()))
         for process in alive:
-            if stop and process.exitcode is None:
-                getattr(process, stop)()
-        while time.monotonic() < deadline and any(p.exitcode is None for p in alive):
-            wait([p.sentinel for p in alive if p.exitcode is None], max(0.0, deadline - time.monotonic()))
-        deadline = time.monotonic() + 1.0
-    for process in alive:
+            os.kill(process.pid, signal_number)
+    for process in processes.processes:
         process.join()
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,11 @@
 """Inside one rank: join the others, run what was asked, report back. Also the way in under torchrun."""
 
+import contextlib
 import faulthandler
 import io
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -55,6 +57,22 @@ class Channel:
     def send(self, message: Any) -> None:
         self.put("message", message)
 
+    def put_result(self, kind: str, value: Any) -> None:
+        """`put`, or, if the value can't be sent, what is wrong with it."""
+        try:
+            self.put(kind, value)
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            reason = (
+                f"{type(error).__name__}: the result, a {type(value).__name__}, can't be sent to the launcher: {error}"
+            )
+            self.put("failed", ("", reason, False))
+
+    def wait_for_end(self) -> None:
+        """Returns when the launcher has closed."""
+        with contextlib.suppress(EOFError):
+            while True:
+                self._connection.recv_bytes()
+
     def put(self, kind: str, value: Any) -> None:
         raw = cloudpickle.dumps((kind, value))
         with self._lock:
@@ -83,13 +101,12 @@ class _Lines(io.TextIOBase):
 
 def main(rank: int, job: Job, connections: list[Connection]) -> None:
     """The whole life of one launched rank."""
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    threading.Thread(target=_end_with_launcher, args=(job.folder,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the launcher decides what ends
     stacks = (job.folder / f"stack-{rank}").open("w")  # for the life of the process
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=False)
     channel = Channel(connections[rank])
     sys.stdout, sys.stderr = out, err = _Lines(channel, "stdout"), _Lines(channel, "stderr")
-    code = 0
     try:
         store = dist.FileStore(str(job.folder / "rendezvous"), job.layout.world)
         board = Board(job.folder / "board", rank)
@@ -98,15 +115,18 @@ def main(rank: int, job: Job, connections: list[Connection]) -> None:
         )
         fn, args = pickle.loads(job.work)
         result = fn(comm, channel, *args)
-        channel.put("result", result)
         comm.flush()
+        said = ("result", result)
     except BaseException as error:
-        code = 1
-        channel.put("failed", (_traceback(error), f"{type(error).__name__}: {error}", isinstance(error, CommError)))
+        said = ("failed", (_traceback(error), f"{type(error).__name__}: {error}", isinstance(error, CommError)))
     out.close_line()
     err.close_line()
-    # Not by way of Python's and gloo's destructors: a peer that died would make them wait.
-    os._exit(code)
+    with contextlib.suppress(OSError):  # the launcher may have gone
+        channel.put_result(*said)
+        # Stay until the launcher hangs up: a rank that leaves early breaks connections which its peers still need.
+        channel.wait_for_end()
+    # Not by way of Python's and gloo's destructors: they would wait for peers that are no more.
+    os._exit(0)
 
 
 def join(
@@ -139,10 +159,11 @@ def pin(local_rank: int, local_ranks: int) -> None:
     os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
 
 
-def _end_with_launcher() -> None:
+def _end_with_launcher(folder: Path) -> None:
     launcher = parent_process()
     if launcher is not None:
         launcher.join()
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
 
