@@ -66,7 +66,7 @@ def test_greedy_tokens_are_those_of_transformers(degrees: dict, questions_and_an
 
 
 def test_a_rank_reads_only_its_own_bytes_and_two_all_reduces_per_layer() -> None:
-    with llm_of(Layout(tp=2)) as llm:
+    with llm_of(Layout(tp=2), dtype="bfloat16") as llm:
         llm.generate("The tide", SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True))
         report = llm.report()
     for rank in report["ranks"]:

@@ -146,6 +146,8 @@ def join(
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world, timeout=limit)
     mesh = Mesh(layout, device, timeout=collective_timeout)
+    # Not before: gloo's own threads would inherit the core and fight the rank for it (all-reduce of 2 KB on two cores, mean
+    # of 300 between matrix products: 0.8 ms this way, 1.4 ms unpinned, 1.9 ms pinned first).
     pin(local_rank, local_ranks)
     return Comm(mesh, meter=meter, board=board)
 

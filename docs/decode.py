@@ -1,0 +1,40 @@
+"""Measures the README's figure on this machine and draws it: python docs/decode.py (about two minutes)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+LAYOUTS = {"one rank": [], "TP=2": ["--tp", "2"], "PP=2": ["--pp", "2"]}
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    rows = {}
+    for name, options in LAYOUTS.items():
+        command = [sys.executable, "-m", "labkit", "bench", "decode", "--threads", "1", "--json", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        rows[name] = json.loads(done.stdout)["results"][0]
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    for name, row in rows.items():
+        comm = sum(c["ms_per_token"] for c in row["comm"] if c["phase"] == "decode")
+        axes.barh(name, row["tpot_ms"] - comm, color="#0072B2", label="computing")
+        axes.barh(name, comm, left=row["tpot_ms"] - comm, color="#E69F00", hatch="//", label="communicating, waiting")
+        spread = row["tpot_ms_all"]
+        label = f" {row['tpot_ms']:.0f} ms ({spread[0]:.0f}-{spread[-1]:.0f}), {comm / row['tpot_ms']:.0%} of it communication"
+        axes.text(row["tpot_ms"], name, label, va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(row["tpot_ms"] for row in rows.values()) * 1.75)
+    axes.set_xlabel("ms per output token, median of 5 runs (their range)")
+    one = rows["one rank"]
+    axes.set_title(f"SmolLM2-135M, batch 1, {one['dtype']}, one thread per rank\n{one['hardware']}, gloo", fontsize=10)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[:2], labels[:2], loc="lower right", fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(HERE / "decode.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
