@@ -19,7 +19,7 @@ def main() -> None:
         rows[name] = json.loads(done.stdout)["results"][0]
     figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     for name, row in rows.items():
-        comm = sum(c["ms_per_token"] for c in row["comm"] if c["phase"] == "decode")
+        comm = max(rank["decode_comm_ms_per_token"] for rank in row["ranks"])
         axes.barh(name, row["tpot_ms"] - comm, color="#0072B2", label="computing")
         axes.barh(name, comm, left=row["tpot_ms"] - comm, color="#E69F00", hatch="//", label="communicating, waiting")
         spread = row["tpot_ms_all"]

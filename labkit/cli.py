@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(
     help="The Model Parallelism Lab: serve one language model from several devices, and measure it.",
@@ -103,8 +102,8 @@ def generate(
     result = {"text": output.text, "token_ids": output.token_ids, "layout": report["layout"], "report": report}
 
     def show() -> None:
-        print(output.text)
-        console.print(_layout_table([report]))
+        print(output.text + "\n")
+        _show(report)
 
     finish(result, as_json, show)
 
@@ -131,7 +130,7 @@ def bench_decode(
         model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats,
         threads=threads,
     )  # fmt: skip
-    finish({"results": [row]}, as_json, lambda: console.print(_layout_table([row])))
+    finish({"results": [row]}, as_json, lambda: _show(row))
 
 
 @app.command()
@@ -174,38 +173,24 @@ def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a 
     )
 
 
-def _layout_table(rows: list[dict[str, Any]]) -> Table:
-    """Reports side by side."""
-    table = Table(title=f"{rows[0]['hardware']}, {rows[0]['dtype']}, {rows[0]['backend']}")
-    for name in (
-        "layout",
-        "tokens/s",
-        "TTFT ms",
-        "TPOT ms",
-        "of it comm. ms",
-        "calls/token",
-        "weights MB/rank",
-        "note",
-    ):
-        table.add_column(name, justify="left" if name in ("layout", "note") else "right")
-    for row in rows:
-        layout = " ".join(f"{k}={v}" for k, v in row["layout"].items() if v > 1) or "one rank"
-        decode = [c for c in row["comm"] if c["phase"] == "decode"]
-        table.add_row(
-            layout,
-            _number(row["tokens_per_s"]),
-            _number(row["ttft_ms"]),
-            _number(row["tpot_ms"]),
-            _number(sum(c["ms_per_token"] for c in decode)),
-            _number(sum(c["calls_per_token"] for c in decode)),
-            _number(max(r["weights_bytes"] for r in row["ranks"]) / 1e6),
-            "oversubscribed: times mean little" if row["oversubscribed"] else "",
-        )
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _show(report: dict[str, Any]) -> None:
+    """A report in five lines."""
+    ranks = report["ranks"]
+    layout = " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or "one rank"
+    calls = sum(c["calls_per_token"] for c in report["comm"] if c["phase"] == "decode")
+    comm_ms = max(rank["decode_comm_ms_per_token"] for rank in ranks)
+    tpot = "" if report["tpot_ms"] is None else f", TPOT {report['tpot_ms']:.1f} ms"
+    lines = {
+        "layout": f"{layout}, {report['dtype']}, {report['backend']}, {report['threads_per_rank']} thread(s) per rank",
+        "machine": report["hardware"],
+        "speed": f"{report['tokens_per_s']:.1f} tokens/s, TTFT {report['ttft_ms']:.0f} ms{tpot}",
+        "between ranks": f"{calls:.1f} calls and {comm_ms:.1f} ms per decoded token, waiting included",
+        "memory": f"{max(r['weights_bytes'] for r in ranks) / 1e6:.1f} MB of weights on the fullest rank",
+    }
+    if report["oversubscribed"]:
+        lines["mind"] = "oversubscribed (more ranks than devices): counts and bytes hold, times say little"
+    for name, text in lines.items():
+        print(f"{name + ':':15}{text}")
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ class LLM:
         self._tokens: list[list[Token]] = []
         self._rank_reports: list[dict[str, Any]] = []
         if in_torchrun():
-            comm = join_torchrun(self.layout, collective_timeout=collective_timeout)
+            comm = join_torchrun(self.layout, self.threads, collective_timeout)
             self._engine = Engine(self.model, comm, self.options)
         else:
             self._start()
@@ -101,10 +101,11 @@ class LLM:
         single = isinstance(prompts, str | dict) or _is_ids(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         requests = self._requests(many, sampling_params)
-        tokens = [token for step in self._run(requests) for token in step]
-        return [
-            self._output(r, p, [t for t in tokens if t.request == r.index]) for r, p in zip(requests, many, strict=True)
-        ]
+        tokens: list[list[Token]] = [[] for _ in requests]
+        for step in self._run(requests):
+            for token in step:
+                tokens[token.request].append(token)
+        return [self._output(*each) for each in zip(requests, many, tokens, strict=True)]
 
     def chat(
         self, messages: list[dict[str, str]], sampling_params: SamplingParams | None = None
@@ -118,7 +119,7 @@ class LLM:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """The output of one prompt, piece by piece as it is generated."""
+        """The output of one prompt, piece by piece as it is generated. Left before its end, the ranks have to start anew."""
         requests = self._requests([prompt], sampling_params)
         decoder = DecodeStream(skip_special_tokens=True)
         for step in self._run(requests):

@@ -44,9 +44,17 @@ def assemble(
         "ttft_ms": median(t[0] for t in times.values()) * 1e3 if times else None,
         "tpot_ms": median(tpots) * 1e3 if tpots else None,
         "bubble_fraction": max((r["bubble_fraction"] for r in ranks), default=0.0),
-        "ranks": [{k: v for k, v in r.items() if k != "comm"} for r in ranks],
+        "ranks": [
+            {**{k: v for k, v in r.items() if k != "comm"}, "decode_comm_ms_per_token": _decode_comm_ms(r)}
+            for r in ranks
+        ],
         "comm": _comm(ranks),
     }
+
+
+def _decode_comm_ms(rank: dict[str, Any]) -> float:
+    """Time of one rank inside operations, waiting included, per decode step of one sequence."""
+    return sum(e["seconds"] * 1e3 / max(e["tokens"], 1) for e in rank["comm"] if e["phase"] == "decode")
 
 
 def _comm(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -284,7 +284,7 @@ def in_torchrun() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
 
 
-def join_torchrun(layout: Layout, *, collective_timeout: float = 60.0, meter: bool = True) -> Comm:
+def join_torchrun(layout: Layout, threads: int, collective_timeout: float = 60.0) -> Comm:
     """Joins the ranks that torchrun has started, in place. Raises LayoutError when their number isn't the layout's."""
     world = int(os.environ["WORLD_SIZE"])
     if world != layout.world:
@@ -293,10 +293,8 @@ def join_torchrun(layout: Layout, *, collective_timeout: float = 60.0, meter: bo
         )
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    threads = threads_per_rank(local_ranks)
-    return join(
-        int(os.environ["RANK"]), local_rank, local_ranks, layout, None, threads, collective_timeout, meter, None
-    )
+    rank = int(os.environ["RANK"])
+    return join(rank, local_rank, local_ranks, layout, None, threads, collective_timeout, meter=True, board=None)
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ def join(
     device = torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if local_ranks == layout.world and Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of a local run listens on a network
     limit = timedelta(seconds=collective_timeout)
     if store is None:
         dist.init_process_group(backend, timeout=limit)
