@@ -7,8 +7,9 @@ import os
 import resource
 import sys
 import time
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +29,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What all ranks must agree on before they load: numbers of sequences and tokens, dtype name, seed of random weights."""
+    """What all ranks must agree on before they load: numbers of sequences and tokens, dtype name, seed of random weights.
+
+    debug: compare each step's plan over the ranks of a replica, and name the one that differs.
+    """
 
     dtype: str
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
     seed: int
+    debug: bool = False
 
 
 @dataclass
@@ -47,8 +52,6 @@ class Counts:
     decode_steps: int = 0
     ticks: int = 0  # turns of the lanes from the first step to the last, with or without work
     seconds: float = 0.0
-    decode_seconds: float = 0.0  # from the first to the last token of decode steps
-    step_seconds: list[float] = field(default_factory=list)
 
 
 class Engine:
@@ -84,6 +87,8 @@ class Engine:
                 now = time.perf_counter() - began
                 yield [Token(r.index, i, now, r.finish_reason) for r, i in zip(step.requests, ids, strict=True)]
             step_or_none = scheduler.next_step(lane)
+            if self.options.debug:
+                self._agree(tick, step_or_none)
             if step_or_none:
                 flying[lane] = (step_or_none, self._forward(step_or_none))
                 counts.ticks = tick + 1
@@ -100,6 +105,20 @@ class Engine:
         y = self.decoder(x, batch, self.cache)
         ids = sample(y, step, self.decoder.head) if self.decoder.last else None
         return pipeline.pass_on(self.comm, y, ids, len(step.requests))
+
+    def _agree(self, tick: int, step: Step | None) -> None:
+        """Raises if the ranks of this replica have not planned the same step, before they wait for each other in vain."""
+        digest = zlib.crc32(repr(step and (step.prefill, step.slots, step.tokens, step.starts)).encode())
+        for axis in ("tp", "pp"):
+            digests = (
+                self.comm.all_gather(torch.tensor([digest], device=self.comm.device), axis, "plan").flatten().tolist()
+            )
+            usual = max(digests, key=digests.count)
+            odd = [peer for peer, seen in zip(self.comm.mesh.peers(axis), digests, strict=True) if seen != usual]
+            if odd:
+                raise RuntimeError(
+                    f"tick {tick}: rank(s) {odd} planned another step than the rest of {self.comm.mesh.peers(axis)}"
+                )
 
     def _count(self, step: Step) -> None:
         if step.prefill:

@@ -39,6 +39,7 @@ class LLM:
         seed: of random weights, and of the noise of requests that bring no seed.
         threads: torch threads of each rank; by default the cores shared out evenly.
         collective_timeout: seconds that a rank waits for another before the run is given up.
+        debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
 
     Raises ModelError for a model that isn't supported, LayoutError for degrees that don't fit it, both before any rank
     starts; RankError when a rank fails. After a RankError the next call starts fresh ranks.
@@ -59,6 +60,7 @@ class LLM:
         seed: int = 0,
         threads: int | None = None,
         collective_timeout: float = 60.0,
+        debug: bool = False,
     ) -> None:
         self.layout = Layout(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
         self.model: Model = find(model)
@@ -72,6 +74,7 @@ class LLM:
             max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
             max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             seed=seed,
+            debug=debug,
         )
         if config.sliding_window and self.options.max_model_len > config.sliding_window:
             raise ModelError(

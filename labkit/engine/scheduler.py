@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from labkit.engine.requests import Request
+from labkit.split import even
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Scheduler:
         running = self.running[lane]
         # An even share of all requests, so that one lane doesn't take what would keep the others busy.
         total = len(self.waiting) + sum(len(r) for r in self.running)
-        share = min(self.slots, -(-total // len(self.running)))
+        share = min(self.slots, len(even(total, len(self.running))[lane]))
         free = [slot for slot in range(lane * self.slots, (lane + 1) * self.slots) if slot not in running]
         joining: dict[int, Request] = {}
         room = self.max_prefill
