@@ -1,0 +1,31 @@
+"""The same engine on real GPUs: NCCL with a GPU per rank, gloo through the host when ranks share one."""
+
+import pytest
+import torch
+from test_serving import GREEDY, llm_of
+
+from labkit.mesh import Layout, pick_backend
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPUS, reason="needs a GPU; none here")
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=3)],
+    ids=lambda x: f"tp{x.tp}-pp{x.pp}",
+)
+@pytest.mark.parametrize("share", [False, True], ids=["nccl", "gloo, shared GPU"])
+def test_greedy_tokens_on_gpus(layout: Layout, share: bool, questions_and_answers: tuple) -> None:
+    if not share and layout.world > GPUS:
+        pytest.skip(f"NCCL needs a GPU per rank: {layout.world}; {GPUS} here")
+    if share and layout.world <= GPUS:
+        pytest.skip(f"{layout.world} ranks have a GPU each here ({GPUS}), so none is shared")
+    prompts, expected = questions_and_answers
+    with llm_of(layout, dtype="float32") as llm:
+        outputs = llm.generate(prompts, GREEDY)
+        report = llm.report()
+    assert report["backend"] == pick_backend(layout.world)[0] == ("gloo" if share else "nccl")
+    assert [o.outputs[0].token_ids for o in outputs] == expected
+    assert layout.world == 1 or all(entry["ms_per_token"] > 0 for entry in report["comm"])
