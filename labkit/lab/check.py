@@ -1,0 +1,223 @@
+"""`check(name, fn)`: runs the learner's function on fresh ranks and says what is right, what is wrong, and why.
+
+It knows exercises only through `labkit.lab.exercise`, and ranks only through `labkit.run`.
+"""
+
+import html
+import linecache
+import random
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import PicklingError
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+
+from labkit.comm import Comm, CommError
+from labkit.lab.exercise import Case, Exercise
+from labkit.lab.exercises import find
+from labkit.launch.local import RankError, run
+
+MIME = "application/vnd.labkit.check+json"
+TIMEOUT = 20.0  # seconds for all cases of one number of ranks
+MARKS = {
+    "passed": ("[ok]", "#009E73"),
+    "not yet": ("[..]", "#D55E00"),
+    "not attempted": ("[  ]", "#999999"),
+    "blocked": ("[--]", "#999999"),  # needs hardware that isn't here
+    "hung": ("[!!]", "#CC79A7"),
+}
+_RULE = "All ranks must enter the same operations, in the same order, or they wait for each other in vain."
+_attempts: Counter[str] = Counter()
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found. `status` is one of MARKS; `cases` has a row (case, yours, expected, compared) for each."""
+
+    name: str
+    status: str
+    seed: int
+    points: int
+    max_points: int
+    message: str
+    attempt: int = 0
+    hint: str = ""
+    replay: str = ""
+    cases: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        attempt = f" (attempt {self.attempt})" if self.attempt else ""
+        return f"{MARKS[self.status][0]} {self.name}: {self.status}{attempt}, seed {self.seed}"
+
+    def __str__(self) -> str:
+        table = pd.DataFrame(self.cases).to_string(index=False) if self.cases else ""
+        return "\n".join(part for part in (f"{self.title}: {self.message}", table, self.hint, self.replay) if part)
+
+    __repr__ = __str__
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        said = [html.escape(part).replace("\n", "<br>") for part in (self.message, self.hint, self.replay)]
+        table = pd.DataFrame(self.cases).to_html(index=False, justify="left", border=0) if self.cases else ""
+        body = "".join(f"<p style='margin:.4em 0'>{part}</p>" for part in said if part)
+        style = f"border-left:5px solid {MARKS[self.status][1]};padding:.2em .8em;max-width:60em"
+        page = f"<div role='status' style='{style}'><b>{html.escape(self.title)}</b>{body}{table}</div>"
+        return {"text/plain": str(self), "text/html": page, MIME: asdict(self)}
+
+
+def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: int | None = None) -> CheckResult:
+    """Runs `fn` on random cases of exercise `name`, in processes of its own, and compares with what was counted or computed.
+
+    Args:
+        seed: repeats the cases of an earlier check (each result names its seed).
+        hint: show this hint, 1, 2 or 3; without it, each failed attempt shows the next.
+
+    Raises ValueError for an exercise or a hint that doesn't exist; whatever `fn` does is in the result.
+    """
+    exercise = find(name)
+    last = len(exercise.hints)
+    if hint is not None and not 1 <= hint <= last:
+        raise ValueError(f"hint={hint}: {name} has hints 1 to {last}")
+    seed = random.SystemRandom().randrange(10_000) if seed is None else seed
+    status, message, rows = _judge(exercise, fn, exercise.cases(random.Random(seed)))
+    tried = status in ("not yet", "hung")
+    _attempts[name] += tried
+    number = hint or (min(_attempts[name], last) if tried else 0)
+    replay = f'Same cases again: check("{name}", {exercise.call.split("(")[0]}, seed={seed})'
+    return CheckResult(
+        name=name,
+        status=status,
+        seed=seed,
+        points=exercise.points if status == "passed" else 0,
+        max_points=exercise.points,
+        message=message,
+        attempt=_attempts[name] if tried else 0,
+        hint=f"Hint {number} of {last}: {exercise.hints[number - 1]}" if number else "",
+        replay=replay if tried else "",
+        cases=rows,
+    )
+
+
+Verdict = tuple[str, str, list[dict[str, str]]]  # status, message, a row for each case
+
+
+def _judge(exercise: Exercise, fn: Any, cases: list[Case]) -> Verdict:
+    if exercise.gpus > torch.cuda.device_count():
+        return "blocked", f"needs {exercise.gpus} GPU(s); this machine has {torch.cuda.device_count()}. Go on.", []
+    if fn is None or fn is Ellipsis:
+        return "not attempted", f"write {exercise.call} first.", []
+    if not callable(fn):
+        wanted = exercise.call.split("(")[0]
+        return "not yet", f"hand in the function {wanted} itself, not a result of type {type(fn).__name__}.", []
+    cases = sorted(cases, key=lambda case: case.ranks)
+    outcomes: list[list[_Outcome]] = []  # of each case, on each of its ranks
+    for ranks in sorted({case.ranks for case in cases}):
+        work = (fn, [case.args for case in cases if case.ranks == ranks], exercise.spmd)
+        try:
+            by_rank = run(_on_rank, ranks, TIMEOUT, args=work, collective_timeout=TIMEOUT / 2)
+        except RankError as error:  # one without a rank to blame is a time-out
+            said = _readable(str(error))
+            return "hung" if error.rank is None else "not yet", f"{said}\n{_RULE}" if " waited " in said else said, []
+        except (TypeError, PicklingError) as error:
+            return (
+                "not yet",
+                f"it can't be sent to another process: {error}. Use arguments, imports, small helpers.",
+                [],
+            )
+        outcomes += [list(case) for case in zip(*by_rank, strict=True)]
+    trouble = _trouble(exercise, [o for case in outcomes for o in case])
+    return (*trouble, []) if trouble else _compare(exercise, cases, outcomes)
+
+
+class _Outcome(NamedTuple):
+    """What one call on one rank came to. kind: "value", "nothing", "no number", "raised", or "lost" (its peers)."""
+
+    kind: str
+    value: Any = None
+    text: str = ""
+    where: tuple[str, int] | None = None
+    collectives: int = 0
+
+
+def _on_rank(comm: Comm, fn: Callable[..., Any], calls: list[tuple[Any, ...]], spmd: bool) -> list[_Outcome]:
+    """Runs on each rank: one call after another, up to the first that fails."""
+    outcomes: list[_Outcome] = []
+    for args in calls:
+        comm.reset()
+        mine = [a.to(comm.device, copy=True) if isinstance(a, torch.Tensor) else a for a in args]
+        try:
+            value = fn(*mine, comm) if spmd else fn(*mine)
+        except (Exception, SystemExit) as error:
+            return [*outcomes, *[_raised(error, fn)] * (len(calls) - len(outcomes))]
+        outcomes.append(_returned(value, sum(tally.calls for tally in comm.tallies.values())))
+    return outcomes
+
+
+def _returned(value: Any, collectives: int) -> _Outcome:
+    if value is None or value is Ellipsis:
+        return _Outcome("nothing")
+    try:
+        number = torch.as_tensor(value).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return _Outcome("no number", text=type(value).__name__)
+    return _Outcome("value", number.numpy(), collectives=collectives)
+
+
+def _raised(error: BaseException, fn: Any) -> _Outcome:
+    if isinstance(error, NotImplementedError):
+        return _Outcome("nothing")
+    own = getattr(getattr(fn, "__code__", None), "co_filename", None)
+    lines = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
+    kind = "lost" if isinstance(error, CommError) else "raised"
+    return _Outcome(kind, text=f"{type(error).__name__}: {error}", where=lines[-1] if lines else None)
+
+
+def _trouble(exercise: Exercise, outcomes: list[_Outcome]) -> tuple[str, str] | None:
+    """Status and message when there is nothing to compare."""
+    of = {o.kind: o for o in reversed(outcomes)}  # the first of each kind
+    if bad := of.get("raised"):
+        line = linecache.getline(*bad.where).strip() if bad.where else ""
+        at = f"in line {bad.where[1]}: {line}" if bad.where else f"It is called as {exercise.call}."
+        return "not yet", f"it raised {bad.text}\n{at}"
+    if bad := of.get("lost"):
+        return "hung", f"{bad.text.split(': [')[0]}\n{_RULE}"
+    if list(of) == ["nothing"]:
+        return "not attempted", f"{exercise.call} returns nothing yet."
+    if "nothing" in of:
+        return (
+            "not yet",
+            "it returns nothing in some cases, or on some ranks. Every call must return a result, on every rank.",
+        )
+    if bad := of.get("no number"):
+        return "not yet", f"it returned a value of type {bad.text}; a number or a tensor is needed."
+    return None
+
+
+def _compare(exercise: Exercise, cases: list[Case], outcomes: list[list[_Outcome]]) -> Verdict:
+    mine = [[torch.from_numpy(o.value) for o in case] for case in outcomes]
+    rows = []
+    for case, answer in zip(cases, mine, strict=True):
+        right = exercise.answers(exercise.reference, case)
+        text = f"{case.text}, {case.ranks} ranks" if exercise.spmd else case.text
+        shown = (text, exercise.show(answer), exercise.show(right), exercise.compare(answer, right))
+        rows.append(dict(zip(("case", "yours", "expected", "compared"), shown, strict=True)))
+    wrong = [row for row in rows if row["compared"] != "agrees"]
+    if not wrong:
+        broken = next((said for case in outcomes for o in case if (said := exercise.rule(o.collectives))), "")
+        return ("not yet", broken, []) if broken else ("passed", f"{len(cases)} cases agree. {exercise.moral}", [])
+    message = f"wrong in {len(wrong)} of {len(cases)} cases, e.g. {wrong[0]['case']}: {wrong[0]['compared']}."
+    if known := exercise.diagnose(mine, cases):
+        message += f"\nThat is what you get when {known.name}. {known.why}"
+    return "not yet", message, rows
+
+
+def _readable(error: str) -> str:
+    """A launcher's error without tracebacks, and of its stacks only the learner's lines."""
+    lines = error.split("\n\n")[0].splitlines()
+    ours = (str(Path(__file__).parents[1]), "site-packages", "<string>")
+    return "\n".join(line for line in lines if not any(part in line for part in ours))

@@ -1,0 +1,128 @@
+"""The lessons' figures. Each function returns a `Picture`: a matplotlib Figure that carries its own alt text.
+
+A rank has the same colour and hatch everywhere (Okabe and Ito's palette, readable with colour-blindness), and its number
+stands beside them.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
+HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
+_PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+_GREYS = ("#555555", "#aaaaaa", "#dddddd")  # terms of a sum aren't ranks
+
+
+class Picture(Figure):
+    """A Figure that a notebook shows with its alt text, and a terminal as the alt text."""
+
+    def __init__(self, alt: str, size: tuple[float, float]) -> None:
+        super().__init__(figsize=size, layout="constrained")
+        FigureCanvasAgg(self)
+        self.alt = alt
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
+        png = io.BytesIO()
+        self.savefig(png, format="png", dpi=110)
+        data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": self.alt}
+        return data, {"image/png": {"alt": self.alt}}
+
+
+def _style(rank: int) -> dict[str, Any]:
+    return {"facecolor": COLOURS[rank % 8], "hatch": HATCHES[rank % 8], "edgecolor": "black", "linewidth": 0.8}
+
+
+def owners(shares: Mapping[str, Sequence[range]]) -> Picture:
+    """Who holds what: for each name (a matrix's rows, heads, ...) the range of each rank, in rank order; ranges may overlap."""
+    held = "; ".join(
+        f"{name}: " + ", ".join(f"rank {r} holds {p.start} to {p.stop - 1}" for r, p in enumerate(parts) if p)
+        for name, parts in shares.items()
+    )
+    heights = {"height_ratios": [1 + len(parts) for parts in shares.values()]}
+    picture = Picture(f"Who holds what. {held}.", (7, 0.3 * sum(2 + len(parts) for parts in shares.values())))
+    axes = picture.subplots(len(shares), squeeze=False, gridspec_kw=heights)[:, 0]
+    for ax, (name, parts) in zip(axes, shares.items(), strict=True):
+        for rank, part in enumerate(parts):
+            ax.barh(rank, len(part), left=part.start, height=0.8, clip_on=False, **_style(rank))
+            ax.text(
+                (part.start + part.stop) / 2, rank, f"rank {rank}", fontsize=8, ha="center", va="center", bbox=_PLATE
+            )
+        ends = sorted({end for part in parts for end in (part.start, part.stop)})
+        ax.set(title=name, yticks=[], xticks=ends, ylim=(len(parts) - 0.4, -0.6), xlim=(0, max(ends)))
+        ax.title.set_fontsize(9)
+        _bare(ax)
+    return picture
+
+
+def memory(bytes_by_rank: Mapping[str, Sequence[float]], title: str = "Weights per rank") -> Picture:
+    """Bars of bytes for each rank, grouped by layout."""
+    said = "; ".join(f"{name}: " + ", ".join(f"{b / 1e6:.1f}" for b in sizes) for name, sizes in bytes_by_rank.items())
+    picture = Picture(f"{title}, in MB of each rank. {said}.", (7, 3))
+    ax = picture.subplots()
+    at, middles = 0.0, []
+    for sizes in bytes_by_rank.values():
+        for rank, size in enumerate(sizes):
+            ax.bar(at + rank, size / 1e6, width=0.9, **_style(rank))
+            ax.annotate(f"{size / 1e6:.0f}", (at + rank, size / 1e6), ha="center", va="bottom", fontsize=8)
+            ax.annotate(
+                f"r{rank}", (at + rank, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8, bbox=_PLATE
+            )
+        middles.append(at + (len(sizes) - 1) / 2)
+        at += len(sizes) + 0.8
+    ax.set(title=title, ylabel="MB (1e6 bytes)", xticks=middles, xticklabels=list(bytes_by_rank))
+    ax.margins(y=0.12)
+    _bare(ax)
+    return picture
+
+
+def latency(predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, float]) -> Picture:
+    """Time per token in ms, for each layout the predicted terms stacked up, and the measured time beside them."""
+    said = "; ".join(
+        f"{name}: predicted {sum(terms.values()):.1f} ms ("
+        + ", ".join(f"{term} {ms:.1f}" for term, ms in terms.items())
+        + f"), measured {measured[name]:.1f} ms"
+        for name, terms in predicted.items()
+    )
+    picture = Picture(f"Time per token. {said}.", (7, 3.4))
+    ax = picture.subplots()
+    names = list(predicted)
+    base = [0.0] * len(names)
+    for i, term in enumerate(next(iter(predicted.values()))):
+        heights = [predicted[name][term] for name in names]
+        ax.bar(
+            [x - 0.21 for x in range(len(names))],
+            heights,
+            width=0.4,
+            bottom=base,
+            label=term,
+            edgecolor="black",
+            color=_GREYS[i],
+        )
+        base = [b + h for b, h in zip(base, heights, strict=True)]
+    bars = [measured[name] for name in names]
+    ax.bar(
+        [x + 0.21 for x in range(len(names))], bars, width=0.4, label="measured", facecolor="white", edgecolor="black"
+    )
+    for x, (sum_of_terms, bar) in enumerate(zip(base, bars, strict=True)):
+        ax.annotate(f"{sum_of_terms:.1f}", (x - 0.21, sum_of_terms), ha="center", va="bottom", fontsize=8)
+        ax.annotate(f"{bar:.1f}", (x + 0.21, bar), ha="center", va="bottom", fontsize=8)
+    ax.set(
+        title="Time per token: predicted (stacked) and measured",
+        ylabel="ms",
+        xticks=range(len(names)),
+        xticklabels=names,
+    )
+    ax.margins(y=0.12)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _bare(ax)
+    return picture
+
+
+def _bare(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
