@@ -1,6 +1,7 @@
 """Checks, grading, lessons, predictions and figures: what only notebooks use."""
 
 import csv
+import json
 import random
 import sys
 import time
@@ -9,7 +10,6 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-import torch
 import torch.nn.functional as F
 
 from labkit import split
@@ -200,11 +200,16 @@ def test_an_exercise_without_its_hardware_is_blocked(monkeypatch):
     assert result.status == "blocked" and "needs 999 GPU(s)" in result.message
 
 
-def test_products_by_hand_go_wrong_on_real_ranks():
+def test_products_by_hand_on_real_ranks():
+    def column(x, weight, comm):
+        rows = split.even(len(weight), comm.world_size)[comm.rank]
+        return F.linear(x, weight[rows.start : rows.stop])
+
     def bias_too_early(x, weight, bias, comm):
         part = split.even(weight.shape[1], comm.world_size)[comm.rank]
         return comm.all_reduce(F.linear(x[:, part.start : part.stop], weight[:, part.start : part.stop]) + bias)
 
+    assert check("tensor.column_linear", column).status == "passed"
     assert "when the bias is added on every rank" in check("tensor.row_linear", bias_too_early).message
     alone = check("tensor.row_linear", lambda x, weight, bias, comm: F.linear(x, weight, bias))
     assert alone.status == "not yet" and "no rank talked to another" in alone.message
@@ -260,7 +265,18 @@ def test_untouched_exercises_score_nothing_and_solutions_score_everything(tmp_pa
     assert {"name", "status", "points", "max_points", "message"} <= set(solved["exercises"][0])
 
 
-def test_whatever_happens_in_a_notebook_is_graded(tmp_path, monkeypatch):
+@pytest.fixture
+def foreign_kernel(tmp_path_factory, monkeypatch):
+    """A user's own "python3" kernel, of another Python, that comes before ours; and no environment on PATH."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    (folder / "kernels" / "python3").mkdir(parents=True)
+    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"}
+    (folder / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
+def test_whatever_happens_in_a_notebook_is_graded(tmp_path, monkeypatch, foreign_kernel):
     monkeypatch.setattr(grading, "CELL_TIMEOUT", 4)
     messy = ("1 / 0", "import time; time.sleep(99)", SHOW)
     notebook(tmp_path / "a.ipynb", *messy, checks=["memory.seventy_b", "memory.per_gpu"], kernel="no-such-kernel")
@@ -284,9 +300,8 @@ def test_a_path_without_notebooks_is_refused(tmp_path):
 # -- lessons -----------------------------------------------------------------------------------------------------------
 
 
-def test_lessons_run_with_parameters_in_this_interpreter_past_failures(tmp_path, monkeypatch):
+def test_lessons_run_with_parameters_in_this_interpreter_past_failures(tmp_path, monkeypatch, foreign_kernel):
     monkeypatch.setitem(lessons.CELL_TIMEOUT, "ci", 4)
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # as without an activated environment
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notebooks").mkdir()
     lesson = tmp_path / "notebooks" / "01_good.ipynb"
@@ -306,8 +321,10 @@ def test_lessons_run_with_parameters_in_this_interpreter_past_failures(tmp_path,
     notebook(tmp_path / "notebooks" / "03_slow.ipynb", "import time", "time.sleep(99)")
     good, bad, slow = lessons.run_lessons([], "ci", tmp_path / "out")
     assert (good["name"], good["status"], good["grade"], good["error"]) == ("01_good", "passed", "1/1", "")
-    assert (bad["status"], bad["grade"]) == ("failed", "-") and "ZeroDivisionError: division by zero" in bad["error"]
-    assert slow["status"] == "timed out" and slow["seconds"] < 60
+    assert (bad["status"], bad["grade"]) == ("failed", "-") and bad["error"].endswith(
+        ": ZeroDivisionError: division by zero"
+    )
+    assert slow["status"] == "timed out" and slow["seconds"] < 25
     assert sys.executable in (tmp_path / "out" / "01_good.ipynb").read_text()
     assert sys.executable in (tmp_path / "out" / "01_good.html").read_text()
     assert lessons.table([good, bad, slow]).row_count == 3
@@ -352,17 +369,3 @@ def test_every_figure_carries_alt_text_with_its_numbers():
         assert said in metadata["image/png"]["alt"] == data["text/plain"]
         assert len(data["image/png"]) > 1000
     assert len(set(zip(plots.COLOURS, plots.HATCHES, strict=True))) == 8
-
-
-def test_tensors_on_a_rank_are_the_learners_own_copy():
-    """A function that changes its arguments in place doesn't spoil the other calls, or the reference."""
-
-    def spoils(x, weight, comm):
-        rows = split.even(len(weight), comm.world_size)[comm.rank]
-        y = F.linear(x, weight[rows.start : rows.stop])
-        x.zero_()
-        weight.zero_()
-        return y
-
-    assert torch.is_tensor(cases_of(EXERCISES["tensor.column_linear"], 0)[0].args[0])
-    assert check("tensor.column_linear", spoils).status == "passed"

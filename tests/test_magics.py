@@ -37,7 +37,7 @@ def test_an_error_shows_the_cells_line_and_nothing_of_ours(
     assert not result.success
     seen = capsys.readouterr()
     text = seen.out + seen.err
-    assert "rank 1 of 2 raised KeyError: 'no'" in text and "line 3" in text and "raise KeyError('no')" in text
+    assert "rank 1 of 2 raised KeyError: 'no'" in text and "line 4" in text and "raise KeyError('no')" in text
     assert "launch" not in text
 
 

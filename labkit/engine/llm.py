@@ -88,7 +88,7 @@ class LLM:
         self._tokens: list[list[Token]] = []
         self._rank_reports: list[dict[str, Any]] = []
         if in_torchrun():
-            comm = join_torchrun(self.layout, self.threads, collective_timeout)
+            comm = join_torchrun(self.layout, threads=self.threads, collective_timeout=collective_timeout)
             self._engine = Engine(self.model, comm, self.options)
         else:
             self._start()

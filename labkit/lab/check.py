@@ -149,7 +149,7 @@ def _on_rank(comm: Comm, fn: Callable[..., Any], calls: list[tuple[Any, ...]], s
     outcomes: list[_Outcome] = []
     for args in calls:
         comm.reset()
-        mine = [a.to(comm.device, copy=True) if isinstance(a, torch.Tensor) else a for a in args]
+        mine = [a.to(comm.device) if isinstance(a, torch.Tensor) else a for a in args]
         try:
             value = fn(*mine, comm) if spmd else fn(*mine)
         except (Exception, SystemExit) as error:

@@ -72,6 +72,8 @@ def execute(nb: NotebookNode, folder: Path) -> str:
         client.execute()
     except DeadKernelError:
         return "the notebook's kernel died"
+    except Exception as error:  # the other notebooks of a class are graded all the same
+        return f"the notebook could not be run: {type(error).__name__}: {error}"
     errors = (o for cell in nb.cells for o in cell.get("outputs", ()) if o.output_type == "error")
     return next((f"{o.ename}: {o.evalue}".splitlines()[0] for o in errors), "")
 

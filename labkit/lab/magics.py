@@ -1,72 +1,90 @@
-"""`%%ranks N`: a notebook cell that runs on N fresh ranks."""
+"""`%%ranks N`: runs a notebook cell on N fresh ranks. Ranks import this file too, so it leaves IPython to the notebook."""
 
+import argparse
 import ast
 import builtins
 import linecache
-from typing import Any
+import shlex
+from typing import Any, NoReturn
 
 import cloudpickle
-from IPython.core.error import UsageError
-from IPython.core.interactiveshell import InteractiveShell
-from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
 from labkit.comm import Comm
 from labkit.launch.local import run
 
-GIVEN = ("rank", "world_size", "device", "comm", "torch", "dist")
+GIVEN = ("rank", "world_size", "device", "comm", "torch", "dist")  # names that every rank finds defined
 
 
-@magic_arguments()
-@argument("n", type=int, help="how many ranks")
-@argument("--timeout", type=float, default=60.0, help="seconds for the whole cell [60]")
-@argument("--out", help="also keep the list of the ranks' last values under this name")
-def ranks(line: str, cell: str) -> None:
-    """Run the cell on N fresh ranks.
+def register(ipython: Any) -> None:
+    """Makes `%%ranks` known to an IPython shell; called by `%load_ext labkit`."""
 
-    Predefined on each: rank, world_size, device, comm (metered collectives), torch, dist (torch.distributed). Names of the
-    notebook that the cell uses are copied to the ranks. The value of a last expression is shown for each rank.
+    def ranks(line: str, cell: str) -> None:
+        on_ranks(ipython, line, cell)
+
+    ranks.__doc__ = on_ranks.__doc__
+    ipython.register_magic_function(ranks, magic_kind="cell", magic_name="ranks")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        from IPython.core.error import UsageError
+
+        raise UsageError(f"{message}. Use: %%ranks N [--timeout SECONDS] [-> NAME]")
+
+
+def on_ranks(ipython: Any, line: str, cell: str) -> None:
+    """`%%ranks N [--timeout SECONDS] [-> NAME]`: runs the cell on N fresh ranks.
+
+    The cell finds `rank`, `world_size`, `device`, `comm`, `torch` and `dist` (torch.distributed) defined, and copies of
+    those of the notebook's variables that it mentions. What ranks print, and the value of a last expression, is shown with
+    the rank's number. With `-> NAME` (or `--out NAME`) the notebook's variable NAME becomes the list of these values, in
+    rank order (of the variable `result`, if the cell doesn't end with an expression). Default timeout: 60 seconds.
+
+    Raises UsageError for a line and SyntaxError for a cell that doesn't parse, RankError when a rank fails.
     """
-    shell = InteractiveShell.instance()
-    options = parse_argstring(ranks, line)
-    if options.n < 1:
-        raise UsageError(f"%%ranks {options.n}: use 1 or more ranks")
-    name = f"<%%ranks cell {shell.execution_count}>"
-    tree = ast.parse(cell, name)  # a syntax error is shown here, once, not on every rank
-    values = run(_run_cell, ranks=options.n, timeout=options.timeout, args=(cell, name, _used(tree, shell.user_ns)))
-    for i, value in enumerate(values):
-        if value is not None:
-            print(f"[rank {i}] {value!r}")
-    if options.out:
-        shell.user_ns[options.out] = values
-
-
-def _used(tree: ast.AST, namespace: dict[str, Any]) -> dict[str, Any]:
-    """What of the notebook's names the cell refers to. Raises UsageError for what can't be sent to a rank."""
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    found = {n: namespace[n] for n in names if n in namespace and n not in GIVEN and not hasattr(builtins, n)}
-    for name, value in found.items():
+    parser = _Parser(add_help=False)
+    parser.add_argument("N", type=int)
+    parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--out", metavar="NAME")
+    options = parser.parse_args(shlex.split(line.replace("->", " --out ")))
+    if options.N < 1:
+        parser.error(f"{options.N} ranks: use 1 or more")
+    source = "\n" + cell  # the first line is %%ranks itself: errors have the line numbers that the notebook shows
+    filename = f"In[{ipython.execution_count}]"
+    mentioned = {node.id for node in ast.walk(ast.parse(source, filename)) if isinstance(node, ast.Name)}
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    sent, kept = {}, {}
+    for name in mentioned & ipython.user_ns.keys() - {*GIVEN, *dir(builtins), *ipython.user_ns_hidden}:
         try:
-            cloudpickle.dumps(value)
-        except Exception as error:
-            raise UsageError(
-                f"%%ranks: {name} ({type(value).__name__}) can't be copied to the ranks: {error}"
-            ) from None
-    return found
+            cloudpickle.dumps(ipython.user_ns[name])
+            sent[name] = ipython.user_ns[name]
+        except Exception as error:  # whatever a __reduce__ raises
+            kept[name] = f"{name} ({type(ipython.user_ns[name]).__name__}) can't be copied to the ranks: {error}"
+    values = run(_cell, options.N, options.timeout, args=(source, filename, sent, kept, options.out))
+    for rank, (shown, _) in enumerate(values):
+        print("".join(f"[rank {rank}] {line}\n" for line in shown.splitlines()), end="")
+    if options.out:
+        ipython.user_ns[options.out] = [value for _, value in values]
 
 
-def _run_cell(comm: Comm, cell: str, name: str, used: dict[str, Any]) -> Any:
+def _cell(
+    comm: Comm, source: str, filename: str, sent: dict[str, Any], kept: dict[str, str], out: str | None
+) -> tuple[str, Any]:
+    """In a rank: runs the cell. What to show of its last expression, and the value to hand back if somebody wants it."""
     import torch
     import torch.distributed as dist
 
-    linecache.cache[name] = (len(cell), None, cell.splitlines(keepends=True), name)  # so that tracebacks show the lines
-    given = (comm.rank, comm.world_size, comm.device, comm, torch, dist)
-    scope = {**used, **dict(zip(GIVEN, given, strict=True)), "__name__": "__main__"}
-    tree = ast.parse(cell, name)
+    given = zip(GIVEN, (comm.rank, comm.world_size, comm.device, comm, torch, dist), strict=True)
+    names = {"__name__": "__main__", **sent, **dict(given)}
+    tree = ast.parse(source, filename)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, name, "exec"), scope)
-    return eval(compile(ast.Expression(last.value), name, "eval"), scope) if isinstance(last, ast.Expr) else None
-
-
-def register(shell: InteractiveShell) -> None:
-    """Makes `%%ranks` known to `shell`."""
-    shell.register_magic_function(ranks, "cell")
+    try:
+        exec(compile(tree, filename, "exec"), names)
+        if not isinstance(last, ast.Expr):
+            return "", names.get("result") if out else None
+        value = eval(compile(ast.Expression(last.value), filename, "eval"), names)
+    except NameError as error:
+        if error.name in kept:
+            error.add_note(f"The notebook's {kept[error.name]}")
+        raise
+    return "" if value is None else repr(value), value if out else None

@@ -1,1 +1,1 @@
-"""Starting ranks, and noticing when one of them fails."""
+"""Starting ranks, watching them, and ending them together: on this machine (`local`), or where torchrun has (`rank`)."""

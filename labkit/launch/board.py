@@ -1,6 +1,7 @@
-"""What each rank is doing, readable from outside: by the launcher, when a rank no longer answers.
+"""What every rank is doing, readable by the launcher when a rank no longer answers.
 
-One small memory-mapped file per run, a slot for each rank. Writing costs about a microsecond.
+A small file mapped into the memory of both, one fixed slot per rank. Writing is one `pack_into`, under a microsecond, and
+what was written outlives the rank. There is no lock: a reader may catch a slot half written, which costs a garbled word.
 """
 
 import mmap
@@ -9,52 +10,40 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-SLOT = 256  # bytes for each rank
-HEAD = struct.Struct("<Qd?H")  # operation number, time.monotonic(), waiting?, length of the text
+_SLOT = struct.Struct("=qd?239s")  # operation number, time.monotonic(), waiting, what: 256 bytes
 
 
 @dataclass(frozen=True)
 class Doing:
-    """The last thing a rank wrote: operation `number`, entered (`waiting`) or left, `since` in time.monotonic() seconds."""
+    """What a rank wrote last: it entered (`waiting`) or left its operation `number` at `since` (time.monotonic(), seconds)."""
 
     number: int
     since: float
     waiting: bool
     text: str
 
-    def __str__(self) -> str:
+    def describe(self, now: float) -> str:
+        """In words, as seen at `now`; goes on from "rank 3"."""
         if self.waiting:
-            return f"waited {time.monotonic() - self.since:.1f} s in {self.text} (its operation {self.number})"
-        if self.number:
-            return f"was computing (its last operation was number {self.number}, {self.text})"
-        return "was computing (it had not begun any operation)"
+            number = f" (its operation {self.number})" if self.number else ""
+            return f"waited {max(now - self.since, 0):.1f} s in {self.text}{number}"
+        last = f"its last operation was number {self.number}, {self.text}" if self.number else "before any operation"
+        return f"was computing ({last})"
 
 
 class Board:
-    """A rank's own slot."""
+    """The mapped file. A rank writes its own slot (`labkit.comm.Board`); the launcher, which makes it, reads all."""
 
-    def __init__(self, path: Path, rank: int) -> None:
-        with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 0)
-        self._at = rank * SLOT
+    def __init__(self, path: Path, ranks: int, rank: int = 0) -> None:
+        with path.open("a+b") as file:
+            file.truncate(ranks * _SLOT.size)  # makes it that long, or leaves it
+            self._map = mmap.mmap(file.fileno(), ranks * _SLOT.size)
+        self._offset = rank * _SLOT.size
 
     def write(self, number: int, waiting: bool, text: str) -> None:
-        raw = text.encode()[: SLOT - HEAD.size]
-        HEAD.pack_into(self._map, self._at, number, time.monotonic(), waiting, len(raw))
-        start = self._at + HEAD.size
-        self._map[start : start + len(raw)] = raw
+        _SLOT.pack_into(self._map, self._offset, number, time.monotonic(), waiting, text.encode())
 
-
-def create(path: Path, ranks: int) -> None:
-    path.write_bytes(bytes(SLOT * ranks))
-
-
-def read(path: Path, ranks: int) -> list[Doing]:
-    """What every rank wrote last."""
-    raw = path.read_bytes()
-    doings = []
-    for rank in range(ranks):
-        number, since, waiting, length = HEAD.unpack_from(raw, rank * SLOT)
-        start = rank * SLOT + HEAD.size
-        doings.append(Doing(number, since, waiting, raw[start : start + length].decode(errors="replace")))
-    return doings
+    def read(self) -> list[Doing]:
+        """One for each rank."""
+        slots = _SLOT.iter_unpack(self._map)
+        return [Doing(n, at, waiting, raw.rstrip(b"\0").decode(errors="replace")) for n, at, waiting, raw in slots]

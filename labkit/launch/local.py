@@ -1,61 +1,86 @@
 """Local ranks: started in a tenth of a second, watched, and ended together.
 
-`run` calls a function on fresh ranks; `RankGroup` keeps ranks that take messages. Processes are started and ended by
-torch.multiprocessing, forked from a server that has imported torch once. A rank that raises, dies or hangs ends the
-others, and one `RankError` says which it was, what it was doing, and who waited for whom.
+`run` calls a function on fresh ranks; `RankGroup` keeps ranks that take messages. torch.multiprocessing starts and ends the
+processes, forked from a server that has imported torch once (the first start takes the 2 s that this needs). A rank that
+raises, dies or hangs ends the others, and one `RankError` says which it was, what it was doing, and who waited for whom.
 """
 
 import contextlib
+import linecache
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import weakref
+import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import torch
-from torch.multiprocessing.spawn import ProcessContext, start_processes
+from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from labkit.comm import Comm
-from labkit.launch import board
-from labkit.launch.rank import Channel, Job, join, main
-from labkit.measure.machine import usable_cores
-from labkit.mesh import Layout
+from labkit.launch.board import Board, Doing
+from labkit.launch.rank import Channel, Failure, Frame, Job, in_torchrun, join_torchrun, main
+from labkit.measure.machine import core_ids, usable_cores
+from labkit.mesh import Layout, pick_backend
 from labkit.split import LayoutError
+
+__all__ = ["RankError", "RankGroup", "in_torchrun", "join_torchrun", "oversubscribed", "run", "threads_per_rank"]
+
+PRELOAD = ["labkit.launch.rank", "labkit.engine.llm"]  # what ranks find imported; nothing here may touch CUDA
+EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lost its peer
+GRACE = 0.5  # seconds that ranks get to end by themselves; after SIGTERM they get more, a busy machine is slow
+_NOT_THE_USERS = (
+    "/labkit/launch/",
+    "/labkit/lab/",
+    "/labkit/comm.py",
+    "/site-packages/",
+    os.path.dirname(os.__file__) + "/",
+    "<",
+)
 
 
 class RankError(RuntimeError):
-    """A rank failed. The message is for reading; `rank` is the first one that failed, None if nobody can be named."""
+    """Ranks failed; all of them have ended. The message is for reading: what happened, who waited for whom, a traceback.
 
-    def __init__(self, message: str, rank: int | None) -> None:
+    Attributes:
+        rank: the first rank that failed, None if none did (the time was up).
+        how: "raised", "killed", "exited", or "timeout".
+        kind: the name of the exception's class, where one was raised.
+    """
+
+    def __init__(self, message: str, rank: int | None = None, how: str = "", kind: str = "") -> None:
         super().__init__(message)
-        self.rank = rank
+        self.rank, self.how, self.kind = rank, how, kind
 
     def _render_traceback_(self) -> list[str]:
-        """IPython's hook: in a notebook the message is all there is to read; the launcher's own frames say nothing."""
-        return [f"RankError: {self}"]
+        """What IPython shows instead of the launcher's own traceback, which says nothing about the ranks."""
+        return f"RankError: {self}".splitlines()
 
 
 class RankGroup:
     """Ranks that stay: each calls `fn(comm, channel, *args)`, with `channel.receive()` and `channel.send(message)`.
 
+    `channel.receive()` raises EOFError when the group is closed. Close it, use it as a context manager, or drop it.
+
     Args:
-        fn: any function, also one defined in a notebook or a lambda.
-        ranks: how many; layout: their grid (default: one tensor-parallel group).
-        threads: torch threads of each (default: the cores shared out).
-        collective_timeout: seconds that an operation between ranks may wait.
+        fn: any function, also a lambda or one from a notebook; it travels by value, with what it refers to.
+        ranks: how many. layout: their grid (default: one tensor-parallel group).
+        threads: torch threads of each (default: the cores shared out). Each is pinned to cores of its own if these suffice.
+        collective_timeout: seconds that an operation between ranks may wait. start_timeout: that ranks may need to be up.
         meter: count operations.
 
-    Raises RankError from any method when a rank fails; all ranks have ended then. Use as a context manager, or `close()`.
+    Raises ValueError or LayoutError before anything is started, TypeError if `fn` or `args` cannot be pickled, RankError
+    from any method when a rank fails.
     """
 
     def __init__(
@@ -67,55 +92,77 @@ class RankGroup:
         layout: Layout | None = None,
         threads: int | None = None,
         collective_timeout: float = 10.0,
+        start_timeout: float = 60.0,
         meter: bool = True,
     ) -> None:
-        if ranks < 1:
-            raise ValueError(f"ranks={ranks}: use 1 or more")
+        if not isinstance(ranks, int) or ranks < 1:
+            raise ValueError(f"ranks={ranks!r}: use 1 or more")
         layout = layout or Layout(tp=ranks)
         if layout.world != ranks:
             raise LayoutError(f"ranks={ranks} does not fit tp={layout.tp} x pp={layout.pp} x dp={layout.dp}")
+        try:
+            work = cloudpickle.dumps((fn, args))
+        except Exception as error:  # whatever a __reduce__ raises
+            raise TypeError(f"{fn!r} and its arguments cannot be sent to ranks: {error}") from error
         self.ranks = ranks
-        self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
-        board.create(self._folder / "board", ranks)
-        work = cloudpickle.dumps((fn, args))
-        job = Job(work, layout, threads or threads_per_rank(ranks), self._folder, collective_timeout, meter)
-        pairs = [multiprocessing.Pipe() for _ in range(ranks)]
-        theirs = [there for _, there in pairs]
-        self._lines: dict[int, Connection] = {rank: here for rank, (here, _) in enumerate(pairs)}
-        with _main_module_hidden():
-            multiprocessing.set_forkserver_preload(["labkit.launch.rank", "labkit.engine.llm"])
-            self._processes: ProcessContext = start_processes(
-                main, (job, theirs), ranks, join=False, daemon=True, start_method="forkserver"
-            )
-        for line in theirs:
-            line.close()
-        self.pids = self._processes.pids()
         self._inbox: deque[tuple[int, Any]] = deque()
-        self._results: dict[int, Any] = {}
-        self._failures: dict[int, tuple[str, str, bool]] = {}  # rank -> traceback, summary, only lost its peer?
-        self._remains = (self._processes, list(self._lines.values()), self._folder)
-        self._end = weakref.finalize(self, _end, *self._remains)
+        self._up: set[int] = set()
+        self._done: set[int] = set()
+        self._failures: dict[int, Failure] = {}  # in the order in which they became known
+        self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
+        self._board = Board(self._folder / "board", ranks)
+        job = Job(
+            work, layout, threads or threads_per_rank(ranks), core_ids(), self._folder,
+            {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")},
+            {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
+            collective_timeout, start_timeout, meter,
+        )  # fmt: skip
+        pipes = [multiprocessing.Pipe() for _ in range(ranks)]
+        self._links: dict[int, Connection] = {rank: here for rank, (here, _) in enumerate(pipes)}
+        theirs = [there for _, there in pipes]
+        self._processes: list[Any] = []
+        # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
+        resources = (self._processes, [here for here, _ in pipes], self._folder)
+        self._end = util.Finalize(self, _end, resources, exitpriority=100)
+        try:
+            with _without_main():
+                multiprocessing.set_forkserver_preload(PRELOAD)
+                context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
+            for link in theirs:
+                link.close()
+            self._processes += context.processes
+            self.pids = context.pids()
+            self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
+            self._until(lambda: len(self._up) == ranks, start_timeout, f"not all ranks up after {start_timeout:g} s")
+        except BaseException:
+            self._end()
+            raise
 
     def send(self, message: Any) -> None:
         """One message to every rank."""
-        raw = pickle.dumps(message)
-        for line in self._lines.values():
-            with contextlib.suppress(BrokenPipeError):  # a dead rank is reported by the next receive
-                line.send_bytes(raw)
+        raw = cloudpickle.dumps(message)
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # a dead rank is for the next receive to report
+                link.send_bytes(raw)
 
     def receive(self, timeout: float | None = None) -> tuple[int, Any]:
-        """The next (rank, message) from any rank. Meanwhile, what ranks print is printed here, labelled."""
-        self._pump(lambda: bool(self._inbox), timeout)
+        """The next (rank, message) from any rank, waiting up to `timeout` seconds; prints meanwhile what ranks print."""
+        self._until(lambda: bool(self._inbox), timeout, f"nothing received after {timeout or 0:g} s")
         return self._inbox.popleft()
 
-    def results(self, timeout: float | None = None) -> list[Any]:
-        """Waits until `fn` has returned on every rank; its values in rank order."""
-        self._pump(lambda: len(self._results) == self.ranks, timeout)
-        return [self._results[rank] for rank in range(self.ranks)]
-
     def close(self) -> None:
-        """Ends the ranks; nothing of them is left when it returns."""
-        self._end()
+        """Ends the ranks; when it returns nothing of them is left."""
+        if not self._end.still_active():
+            return
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.send_bytes(b"")
+        try:
+            deadline = time.monotonic() + GRACE
+            while self._sentinels and time.monotonic() < deadline:
+                self._listen(deadline - time.monotonic())
+        finally:
+            self._end()
 
     def __enter__(self) -> "RankGroup":
         return self
@@ -125,115 +172,131 @@ class RankGroup:
 
     # -- watching ------------------------------------------------------------------------------------------------------
 
-    def _pump(self, enough: Callable[[], bool], timeout: float | None) -> None:
+    def _until(self, enough: Callable[[], bool], timeout: float | None, late: str) -> None:
         """Takes in what ranks say until `enough()`. Whatever goes wrong meanwhile, no rank survives it."""
+        if not self._end.still_active():
+            raise ValueError("this group of ranks is closed")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while not enough():
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
-                    raise self._timed_out(timeout)
+                    text = self._tell(f"{late}:", self._board.read(), time.monotonic())
+                    raise RankError(text, how="timeout") from TimeoutError(late)
                 self._listen(left)
+                if self._failures:
+                    raise self._diagnose()
         except BaseException:
-            if self._end.detach():
-                _end(*self._remains, 0.0)  # they wait for each other, or for nobody
+            self._end()
             raise
 
     def _listen(self, timeout: float | None) -> None:
-        """Waits for something to happen, and handles it; raises RankError for a failure."""
-        ready = wait([*self._lines.values(), *self._processes.sentinels], timeout)
-        failed = False
-        for rank, line in list(self._lines.items()):
-            if line in ready:
-                failed |= self._read(rank, line)
-        if failed or (any(s in ready for s in self._processes.sentinels) and self._dead()):
-            raise self._diagnose()
-
-    def _read(self, rank: int, line: Connection) -> bool:
-        """Takes in everything that `rank` has said; True if it said that it failed."""
-        failed = False
-        try:
-            while line.poll():
-                kind, value = pickle.loads(line.recv_bytes())
-                if kind == "message":
-                    self._inbox.append((rank, value))
-                elif kind == "result":
-                    self._results[rank] = value
-                elif kind == "output":
-                    stream, lines = value
-                    for text in lines:
-                        print(f"[rank {rank}] {text}", file=getattr(sys, stream), flush=True)
+        """Waits until a rank says something or ends, and takes it in."""
+        ready = wait([*self._links.values(), *self._sentinels], timeout)
+        for rank, link in list(self._links.items()):
+            if link in ready:
+                self._read(rank, link)
+        for rank in sorted(self._sentinels.pop(each) for each in ready if isinstance(each, int)):
+            while rank in self._links and self._links[rank].poll():  # what it said before it ended
+                self._read(rank, self._links[rank])
+            self._processes[rank].join()
+            code = self._processes[rank].exitcode
+            if rank not in self._done and rank not in self._failures:
+                if code < 0:
+                    self._failures[rank] = Failure("killed", f" was killed by {signal.Signals(-code).name}", True)
                 else:
-                    self._failures[rank] = value
-                    failed = True
-        except (EOFError, ConnectionResetError):
-            del self._lines[rank]
-        return failed
+                    self._failures[rank] = Failure("exited", f" exited with code {code}", True)
 
-    def _dead(self) -> dict[int, str]:
-        """Ranks that ended without having said why, and how."""
-        how = {}
-        for rank, process in enumerate(self._processes.processes):
-            if process.exitcode is None or rank in self._failures or rank in self._results:
-                continue
-            if process.exitcode < 0:
-                how[rank] = f"was killed by {signal.Signals(-process.exitcode).name}"
-            else:
-                how[rank] = f"exited with code {process.exitcode}"
-        return how
+    def _read(self, rank: int, link: Connection) -> None:
+        """Takes in one message."""
+        try:
+            raw = link.recv_bytes()
+        except (EOFError, OSError):  # its process has ended, or is about to: its sentinel will say how
+            del self._links[rank]
+            return
+        kind, value = pickle.loads(raw)
+        match kind:
+            case "message":
+                self._inbox.append((rank, value))
+            case "stdout" | "stderr":
+                stream = getattr(sys, kind)
+                stream.write("".join(f"[rank {rank}] {line}\n" for line in value))
+                stream.flush()
+            case "ready":
+                self._up.add(rank)
+            case "done":
+                self._done.add(rank)
+            case "failed":
+                self._failures[rank] = value
+
+    # -- explaining ----------------------------------------------------------------------------------------------------
 
     def _diagnose(self) -> RankError:
-        """Somebody failed: finds out who was first. A rank that only lost its peer is not."""
-        doings = self._doings()
-        deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
-            if self._dead() or any(not lost for _, _, lost in self._failures.values()):
-                break
-            wait(list(self._lines.values()), deadline - time.monotonic())
-            for rank, line in list(self._lines.items()):
-                self._read(rank, line)
-        if dead := self._dead():
-            first = min(dead)
-            text = f"rank {first} of {self.ranks} {dead[first]} while it {doings[first]}"
-            return RankError(self._and_others(text, {first}, doings), first)
-        own = [rank for rank, (_, _, lost) in self._failures.items() if not lost]
-        if own:
-            trace, summary, _ = self._failures[own[0]]
-            text = f"rank {own[0]} of {self.ranks} raised {summary}\n\n{trace.rstrip()}\n"
-            return RankError(self._and_others(text, {own[0]}, doings), own[0])
-        text = "ranks waited for each other in vain:"
-        for _, summary, _ in self._failures.values():
-            text += f"\n  {summary.removeprefix('CommError: ')}"
-        return RankError(self._and_others(text, set(self._failures), doings, stacks=True), min(self._failures))
+        """Somebody failed. Finds out who was first: not a rank that only lost another one."""
+        doings, seen = self._board.read(), time.monotonic()
+        settled = seen + EVIDENCE
+        while (left := settled - time.monotonic()) > 0 and len(self._failures) < self.ranks:
+            if any(failure.own for failure in self._failures.values()):
+                settled = min(settled, time.monotonic() + 0.05)  # often all ranks raise the same: name the lowest
+            self._listen(left)
+        own = [rank for rank, failure in self._failures.items() if failure.own]
+        if not own:
+            first = min(self._failures, key=lambda rank: "by peer" in self._failures[rank].text)
+            text = self._tell("ranks waited for each other in vain:", doings, seen, explain_lost=True)
+        else:
+            first = min(rank for rank in own if self._failures[rank].text == self._failures[own[0]].text)
+            failure, doing = self._failures[first], doings[first]
+            text = f"rank {first} of {self.ranks}{failure.text}"
+            if failure.how != "raised":
+                text += f" while it {doing.describe(seen)}"
+            text += _at(failure.frames or self._stack(first))
+            if failure.text.endswith("SIGABRT") and doing.waiting:
+                text += (
+                    "\n  gloo does this when more arrives than was asked for: another operation, or a larger tensor."
+                )
+            text = self._tell(text, doings, seen, {first})
+        failure = self._failures[first]
+        if failure.trace:
+            text += f"\n\nOn rank {first}: {failure.trace.rstrip()}"
+        return RankError(text, first, failure.how, failure.kind)
 
-    def _timed_out(self, timeout: float | None) -> RankError:
-        text = f"not finished after {timeout:g} s:"
-        return RankError(self._and_others(text, set(self._results), self._doings(), stacks=True), None)
-
-    def _doings(self) -> list[board.Doing]:
-        return board.read(self._folder / "board", self.ranks)
-
-    def _and_others(self, text: str, named: set[int], doings: list[board.Doing], *, stacks: bool = False) -> str:
-        """`text`, and a line on every rank that isn't `named` in it; with `stacks`, where its Python code stands."""
-        others = [rank for rank in range(self.ranks) if rank not in named and rank not in self._results]
-        where = self._stacks(others) if stacks else {}
-        for rank in others:
-            text += f"\n  rank {rank} {doings[rank]}"
-            text += "".join(f"\n    {line}" for line in where.get(rank, []))
+    def _tell(
+        self, text: str, doings: list[Doing], seen: float, told: Container[int] = (), *, explain_lost: bool = False
+    ) -> str:
+        """`text`, and a line or two on every rank but those `told` of: what it did when `seen`, and where in whose code."""
+        running = self._up - self._done - self._failures.keys()
+        for rank in running:
+            with contextlib.suppress(OSError):
+                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes its stack
+        for rank in sorted(set(range(self.ranks)) - self._done):
+            failure, said = self._failures.get(rank), " " + doings[rank].describe(seen)
+            if failure and (failure.own or explain_lost or not doings[rank].waiting):
+                said = failure.text
+            frames = failure.frames if failure else self._stack(rank, 0.3) if rank in running else ()
+            if rank not in told:
+                text += f"\n  rank {rank}{said}" + _at(frames, "\n    ")
+        text += "".join(f"\n  rank {rank} had returned" for rank in sorted(self._done))
+        if len({doing.text for doing in doings if doing.waiting and doing.number}) > 1:
+            text += (
+                "\n  These are different operations: all ranks of a group must call the same ones in the same order."
+            )
         return text
 
-    def _stacks(self, ranks: list[int]) -> dict[int, list[str]]:
-        """Asks ranks where their main thread is: innermost frames first."""
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pids[rank], signal.SIGUSR1)
-        time.sleep(0.2)
-        found = {}
-        for rank in ranks:
-            lines = (self._folder / f"stack-{rank}").read_text().splitlines()[1:]
-            ours = [line.strip() for line in lines if "/labkit/launch/" not in line and "multiprocessing" not in line]
-            found[rank] = ours[:4]
-        return found
+    def _stack(self, rank: int, patience: float = 0) -> tuple[Frame, ...]:
+        """What faulthandler has written of a rank: the innermost frame first."""
+        file, deadline = self._folder / f"stack-{rank}", time.monotonic() + patience
+        while not file.exists() or (not file.stat().st_size and time.monotonic() < deadline):
+            time.sleep(0.01)
+        return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', file.read_text(errors="replace")))
+
+
+def _at(frames: tuple[Frame, ...], lead: str = "\n  ") -> str:
+    """The innermost of `frames` that is neither ours nor a library's, with its source."""
+    for name, line, function in frames:
+        if not any(part in name for part in _NOT_THE_USERS):
+            source = linecache.getline(name, int(line)).strip()
+            return f'{lead}File "{name}", line {line}, in {function}' + (f": {source}" if source else "")
+    return ""
 
 
 def run(
@@ -246,26 +309,27 @@ def run(
     threads: int | None = None,
     collective_timeout: float = 10.0,
 ) -> list[Any]:
-    """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order.
+    """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order (tensors as copies).
 
     Args:
-        fn: any function, also one defined in a notebook or a lambda.
-        ranks: how many (default: what `layout` needs, else 2).
-        timeout: seconds for everything; collective_timeout: seconds that one operation between ranks may wait.
-        layout: the ranks' grid (default: one tensor-parallel group of all).
-        threads: torch threads of each rank (default: the cores shared out).
+        fn: any function, also a lambda or one from a notebook; it travels by value, with what it refers to.
+        ranks: how many (default: what `layout` needs, else 2). layout: their grid (default: one tensor-parallel group).
+        timeout: seconds for all of it, from when the ranks are up. collective_timeout: for one operation between ranks.
+        threads: torch threads of each (default: the cores shared out).
 
-    Raises RankError when a rank raises, dies, or doesn't finish in time; no rank is left then.
+    Raises RankError when a rank raises, dies, or does not finish in time; otherwise as RankGroup does.
     """
     ranks = ranks if ranks is not None else layout.world if layout else 2
     with RankGroup(
         _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout
     ) as group:
-        return group.results(timeout)
+        group._until(lambda: len(group._inbox) == ranks, timeout, f"not finished after {timeout:g} s")
+        values = dict(group._inbox)
+    return [values[rank] for rank in range(ranks)]
 
 
-def _call(comm: Comm, channel: Channel, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    return fn(comm, *args)
+def _call(comm: Comm, channel: Channel, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    channel.send(fn(comm, *args))
 
 
 def threads_per_rank(ranks: int) -> int:
@@ -274,57 +338,34 @@ def threads_per_rank(ranks: int) -> int:
 
 
 def oversubscribed(ranks: int) -> bool:
-    """More ranks than devices (GPUs where there are some, else cores): their times say little."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ranks > (gpus or usable_cores())
-
-
-def in_torchrun() -> bool:
-    """Whether this process is a rank that torchrun (or the like) has started."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-
-
-def join_torchrun(layout: Layout, threads: int, collective_timeout: float = 60.0) -> Comm:
-    """Joins the ranks that torchrun has started, in place. Raises LayoutError when their number isn't the layout's."""
-    world = int(os.environ["WORLD_SIZE"])
-    if world != layout.world:
-        raise LayoutError(
-            f"torchrun started {world} ranks; tp={layout.tp} x pp={layout.pp} x dp={layout.dp} needs {layout.world}"
-        )
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    rank = int(os.environ["RANK"])
-    return join(rank, local_rank, local_ranks, layout, None, threads, collective_timeout, meter=True, board=None)
+    """Whether `ranks` are more than the devices (GPUs where there are some, else usable cores): their times say little."""
+    backend, kind = pick_backend(ranks)
+    return backend != "nccl" if kind == "cuda" else ranks > usable_cores()
 
 
 @contextlib.contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Keeps new processes from importing the user's script again, which would start ranks from within ranks.
-
-    What they need of it travels by value (cloudpickle), so a script needs no `if __name__ == "__main__"`.
+def _without_main() -> Iterator[None]:
+    """Shows multiprocessing an empty `__main__`: it would import the user's in each child, which runs an unguarded script
+    once more in every rank. What ranks need of it travels by value.
     """
-    module = sys.modules["__main__"]
-    hidden = {name: getattr(module, name) for name in ("__spec__", "__file__") if hasattr(module, name)}
+    main_module = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
     try:
-        module.__spec__ = None
-        if "__file__" in hidden:
-            del module.__file__
         yield
     finally:
-        for name, value in hidden.items():
-            setattr(module, name, value)
+        sys.modules["__main__"] = main_module
 
 
-def _end(processes: ProcessContext, lines: list[Connection], folder: Path, patience: float = 1.0) -> None:
-    """Hangs up, upon which ranks that are idle or done end by themselves; ends the others after `patience` seconds."""
-    for line in lines:
-        line.close()
-    for seconds, signal_number in ((patience, signal.SIGTERM), (0.5, signal.SIGKILL)):
-        deadline = time.monotonic() + seconds
-        while (alive := [p for p in processes.processes if p.exitcode is None]) and time.monotonic() < deadline:
-            wait([p.sentinel for p in alive], max(0.0, deadline - time.monotonic()))
-        for process in alive:
-            os.kill(process.pid, signal_number)
-    for process in processes.processes:
-        process.join()
+def _end(processes: list[Any], links: list[Connection], folder: Path) -> None:
+    """Ends ranks whatever they are doing. Closing their pipes alone does it, unless something holds the GIL."""
+    for link in links:
+        link.close()
+    for process in processes:
+        process.terminate()
+    context = ProcessContext(processes, [""] * len(processes))
+    with contextlib.suppress(ProcessException):
+        while not context.join(grace_period=10 * GRACE):
+            pass
+    for process in processes:
+        process.close()
     shutil.rmtree(folder, ignore_errors=True)
