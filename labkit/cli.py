@@ -31,7 +31,7 @@ Pp = Annotated[int, typer.Option("--pp", help="pipeline stages")]
 Dp = Annotated[int, typer.Option("--dp", help="data-parallel replicas")]
 Ep = Annotated[bool, typer.Option("--ep", help="spread the experts of a mixture-of-experts model over dp x tp")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
-Threads = Annotated[int | None, typer.Option("--threads", help="threads of each rank [default: cores over ranks]")]
+Threads = Annotated[int | None, typer.Option("--threads", help="threads of each rank (default: cores over ranks)")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of noise, and of random weights")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -136,7 +136,7 @@ def bench_decode(
 @app.command()
 def lessons(
     names: Annotated[
-        list[str] | None, typer.Argument(help="lessons, e.g. 03 or 03_tensor_parallel [default: all]")
+        list[str] | None, typer.Argument(help="lessons, e.g. 03 or 03_tensor_parallel (default: all)")
     ] = None,
     profile: Annotated[str, typer.Option(help="ci (short), laptop, or gpu")] = "ci",
     out: Annotated[Path, typer.Option(help="where executed notebooks go")] = Path("build/lessons"),
