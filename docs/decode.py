@@ -1,4 +1,4 @@
-"""Measures the README's figure on this machine and draws it: python docs/decode.py (about two minutes)."""
+"""Measures the README's figure on this machine and draws it: python docs/decode.py (about a minute)."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-LAYOUTS = {"one rank": [], "TP=2": ["--tp", "2"], "PP=2": ["--pp", "2"]}
+LAYOUTS = {"one rank": [], "TP=2": ["--tp", "2"]}
 HERE = Path(__file__).parent
 
 
@@ -17,7 +17,7 @@ def main() -> None:
         command = [sys.executable, "-m", "labkit", "bench", "decode", "--threads", "1", "--json", *options]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         rows[name] = json.loads(done.stdout)["results"][0]
-    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
     for name, row in rows.items():
         comm = max(rank["decode_comm_ms_per_token"] for rank in row["ranks"])
         axes.barh(name, row["tpot_ms"] - comm, color="#0072B2", label="computing")
@@ -31,7 +31,7 @@ def main() -> None:
     one = rows["one rank"]
     axes.set_title(f"SmolLM2-135M, batch 1, {one['dtype']}, one thread per rank\n{one['hardware']}, gloo", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:2], labels[:2], loc="lower right", fontsize=8)
+    figure.legend(handles[:2], labels[:2], loc="outside lower right", ncols=2, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(HERE / "decode.png", dpi=130)
 
