@@ -235,9 +235,15 @@ class RankGroup:
         """Somebody failed. Finds out who was first: not a rank that only lost another one."""
         doings, seen = self._board.read(), time.monotonic()
         settled = seen + EVIDENCE
-        while (left := settled - time.monotonic()) > 0 and len(self._failures) < self.ranks:
+        while len(self._failures) < self.ranks:
+            # A rank whose pipe has closed is dying, and how will be known; on a busy machine that takes longer.
+            dying = set(range(self.ranks)) - self._links.keys() - self._done - self._failures.keys()
             if any(failure.own for failure in self._failures.values()):
                 settled = min(settled, time.monotonic() + 0.05)  # often all ranks raise the same: name the lowest
+                dying = set()
+            left = settled + (10 * EVIDENCE if dying else 0) - time.monotonic()
+            if left <= 0:
+                break
             self._listen(left)
         own = [rank for rank, failure in self._failures.items() if failure.own]
         if not own:

@@ -4,6 +4,7 @@ The launcher (`local`) and a rank share a pipe, a private folder (rendezvous fil
 is opened but gloo's own, on the loopback interface.
 """
 
+import atexit
 import contextlib
 import faulthandler
 import io
@@ -246,6 +247,8 @@ def _join(
             torch.cuda.set_device(device)
         group["device_id"] = device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=start_timeout), **group)
+        if board is None:  # torchrun's ranks end like any script, and gloo's threads abort one that leaves them running
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     _set_pg_timeout(timedelta(seconds=timeout))  # starting up may take longer than a collective
     mesh = Mesh(layout, device, timeout)
     _calm_gloo()
