@@ -194,6 +194,8 @@ def test_busy_ranks_are_ended_by_close_and_by_dropping_the_group() -> None:
 
 def test_a_rank_of_a_group_that_dies_while_nobody_listens_is_reported_by_the_next_call() -> None:
     group = RankGroup(idle, 2)
+    while not all(doing.waiting for doing in group._board.read()):
+        time.sleep(0.01)
     os.kill(group.pids[1], signal.SIGKILL)
     time.sleep(0.3)
     with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL while it waited .* in its channel"):
