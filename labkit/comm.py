@@ -2,7 +2,8 @@
 
 `Comm` is the only caller of torch.distributed's operations. It counts each one (operation, axis, phase, what it carries,
 calls, payload and wire bytes, time), numbers them, and says in plain words which operation failed, and on whom it waited.
-It knows nothing of models.
+Collectives among the CPU ranks of one host go through shared memory where there is some (`labkit.shm`). It knows nothing
+of models.
 
 payload = bytes of the tensor that this rank hands in. wire = bytes that this rank sends, for the bandwidth-optimal (ring)
 algorithm: all-reduce 2(n-1)/n, reduce-scatter (n-1)/n, all-gather (n-1) times the payload (Thakur et al. 2005,
@@ -10,13 +11,17 @@ doi:10.1177/1094342005051521); a broadcast is counted once, at its source; point
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from datetime import timedelta
+from functools import cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
+from labkit import shm
+from labkit.links import Link
 from labkit.mesh import Mesh
 
 # torch 2.13 renamed these two; 2.11 has only the old names.
@@ -30,11 +35,15 @@ class CommError(RuntimeError):
 
 @dataclass
 class Tally:
-    """What was counted for one kind of operation: calls, bytes, and seconds from entering to leaving it (waiting included)."""
+    """What was counted for one kind of operation: calls, bytes, and seconds from entering to leaving it (waiting included).
+
+    Of operations that go on while the rank works, `seconds` is only what it was kept waiting; `hidden_seconds` the rest.
+    """
 
     calls: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0
+    hidden_seconds: float = 0.0
     host_seconds: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
@@ -54,6 +63,21 @@ class Board(Protocol):
     def write(self, number: int, waiting: bool, text: str) -> None: ...
 
 
+class Event(NamedTuple):
+    """One operation on this rank's clock, for a trace; times in seconds (time.perf_counter, one clock for all of a host).
+
+    kind: "call" (the rank was inside it all the time), "flight" (it went on beside the rank's work) or "wait" (for a flight).
+    """
+
+    kind: str
+    op: str
+    axis: str
+    phase: str
+    what: str
+    began: float
+    ended: float
+
+
 class Pending:
     """A collective under way: `wait()` gives its result."""
 
@@ -64,6 +88,20 @@ class Pending:
         return self._finish()
 
 
+class Exchange(NamedTuple):
+    """A point at which a computation needs other ranks: an operation of `Comm` and its arguments."""
+
+    op: str
+    x: torch.Tensor
+    axis: str
+    what: str
+
+
+Forward = Generator[
+    Exchange, torch.Tensor, torch.Tensor
+]  # a computation that yields at such points; returns its result
+
+
 class Comm:
     """This rank's communication. Tensors are contiguous; a group of one rank returns at once and counts nothing.
 
@@ -72,19 +110,34 @@ class Comm:
         meter: count operations (`tallies`); off, the cost is one test per call.
         timed: also time them; off for fake tensors, where there is no clock to read.
         board: where to write what is being waited for.
+        shared: by axis, the shared memory of a group that is on one host (`labkit.shm.join`).
+        link: a slow link to imitate in software: each operation takes at least the time that its wire bytes would.
     """
 
-    def __init__(self, mesh: Mesh, *, meter: bool = True, timed: bool = True, board: Board | None = None) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        meter: bool = True,
+        timed: bool = True,
+        board: Board | None = None,
+        shared: Mapping[str, shm.SharedMemory] | None = None,
+        link: Link | None = None,
+    ) -> None:
         self.mesh = mesh
         self.rank, self.world_size, self.device = mesh.rank, mesh.world_size, mesh.device
         self.meter, self.timed, self.board = meter, timed, board
+        self.shared, self.link = shared or {}, link
         self.phase = ""  # "prefill" or "decode", set by whoever knows
         self.tallies: dict[tuple[str, str, str, str], Tally] = {}
+        self.events: list[Event] | None = None  # a list: keep them
         self.number = 0  # of the last operation begun on this rank
         # gloo moves host memory: where ranks share a GPU, tensors go through the host and back.
         self._staged = mesh.backend == "gloo" and mesh.device.type == "cuda"
         self._on_device = mesh.backend == "nccl"
+        self._on_cpu = mesh.device.type == "cpu"
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._link_free = 0.0  # when an imitated link has carried all that it was given
 
     # -- collectives ---------------------------------------------------------------------------------------------------
 
@@ -94,9 +147,31 @@ class Comm:
         if n == 1:
             return x
         y = self._stage(x)
-        wire = 2 * (n - 1) * _bytes(x) // n
-        self._do("all_reduce", axis, what, _bytes(x), wire, lambda group: dist.all_reduce(y, group=group))
+        shared = self._shared(axis, y, y.dtype)
+        wire = 2 * (n - 1) * y.nbytes // n
+
+        def reduce(group: dist.ProcessGroup | None) -> None:
+            if shared:
+                shared.all_reduce(y)
+            else:
+                dist.all_reduce(y, group=group)
+
+        self._do("all_reduce", axis, what, y.nbytes, wire, reduce)
         return x.copy_(y) if y is not x else x
+
+    def all_reduce_start(self, x: torch.Tensor, axis: str = "world", what: str = "") -> Pending:
+        """`all_reduce` that goes on while this rank works. Through shared memory the rank has to do it itself, at once."""
+        n = self.mesh.size(axis)
+        if n == 1 or self._shared(axis, x, x.dtype):
+            self.all_reduce(x, axis, what)
+            return Pending(lambda: x)
+        y = self._stage(x)
+        wire = 2 * (n - 1) * y.nbytes // n
+
+        def start(group: dist.ProcessGroup | None) -> dist.Work:
+            return dist.all_reduce(y, group=group, async_op=True)
+
+        return self._begin("all_reduce", axis, what, y.nbytes, wire, start, lambda: x.copy_(y) if y is not x else x)
 
     def all_gather(self, x: torch.Tensor, axis: str = "world", what: str = "") -> torch.Tensor:
         """`x` of every rank of `axis`, stacked in rank order: shape (n, *x.shape). All shapes must be equal."""
@@ -105,11 +180,15 @@ class Comm:
             return x.unsqueeze(0)
         y = self._stage(x).contiguous()
         out = torch.empty((n, *y.shape), dtype=y.dtype, device=y.device)
+        shared = self._shared(axis, y)
 
         def gather(group: dist.ProcessGroup | None) -> None:
-            _all_gather(out.view(-1), y.view(-1), group=group)
+            if shared:
+                shared.all_gather(y, out)
+            else:
+                _all_gather(out.view(-1), y.view(-1), group=group)
 
-        self._do("all_gather", axis, what, _bytes(x), (n - 1) * _bytes(x), gather)
+        self._do("all_gather", axis, what, y.nbytes, (n - 1) * y.nbytes, gather)
         return out.to(x.device)
 
     def reduce_scatter(self, x: torch.Tensor, axis: str = "world", what: str = "") -> torch.Tensor:
@@ -121,8 +200,15 @@ class Comm:
             raise ValueError(f"reduce_scatter of {x.shape[0]} rows over {n} ranks: rows must be a multiple of {n}")
         y = self._stage(x)
         out = torch.empty((x.shape[0] // n, *x.shape[1:]), dtype=y.dtype, device=y.device)
-        wire = (n - 1) * _bytes(x) // n
-        self._do("reduce_scatter", axis, what, _bytes(x), wire, lambda group: _reduce_scatter(out, y, group=group))
+        shared = self._shared(axis, y, y.dtype)
+
+        def reduce(group: dist.ProcessGroup | None) -> None:
+            if shared:
+                shared.reduce_scatter(y, out)
+            else:
+                _reduce_scatter(out, y, group=group)
+
+        self._do("reduce_scatter", axis, what, y.nbytes, (n - 1) * y.nbytes // n, reduce)
         return out.to(x.device)
 
     def all_to_all(
@@ -133,12 +219,16 @@ class Comm:
             return x
         y = self._stage(x)
         out = torch.empty((sum(recv_rows), *x.shape[1:]), dtype=y.dtype, device=y.device)
-        wire = _bytes(x) // max(x.shape[0], 1) * (sum(send_rows) - send_rows[self.mesh.index(axis)])
+        wire = y.nbytes // max(len(x), 1) * (sum(send_rows) - send_rows[self.mesh.index(axis)])
+        shared = self._shared(axis, y)
 
         def exchange(group: dist.ProcessGroup | None) -> None:
-            dist.all_to_all_single(out, y, recv_rows, send_rows, group=group)
+            if shared:
+                shared.all_to_all(y, out, send_rows, recv_rows)
+            else:
+                dist.all_to_all_single(out, y, recv_rows, send_rows, group=group)
 
-        self._do("all_to_all", axis, what, _bytes(x), wire, exchange)
+        self._do("all_to_all", axis, what, y.nbytes, wire, exchange)
         return out.to(x.device)
 
     def broadcast(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> torch.Tensor:
@@ -146,7 +236,7 @@ class Comm:
         return self.broadcast_start(x, source, axis, what).wait()
 
     def broadcast_start(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> Pending:
-        """`broadcast` that goes on while this rank works; its time is that of starting it and of `wait()`."""
+        """`broadcast` that goes on while this rank works."""
         if self.mesh.size(axis) == 1:
             return Pending(lambda: x)
         src = self.mesh.peers(axis)[source]
@@ -156,34 +246,42 @@ class Comm:
             beside = self.mesh.group("pp_ids") if axis == "pp" else group
             return dist.broadcast(y, src=src, group=beside, async_op=True)
 
-        work = self._do("broadcast", axis, what, _bytes(x), _bytes(x) if src == self.rank else 0, start)
-
-        def finish() -> torch.Tensor:
-            self._do("broadcast", axis, what, 0, 0, lambda group: work.wait(), calls=0)
-            return x.copy_(y) if y is not x else x
-
-        return Pending(finish)
+        wire = y.nbytes if src == self.rank else 0
+        return self._begin("broadcast", axis, what, y.nbytes, wire, start, lambda: x.copy_(y) if y is not x else x)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank of the world, in rank order (pickled; for reports, not for tensors; not counted)."""
         out: list[Any] = [None] * self.world_size
         self._do(
-            "all_gather", "world", "", 0, 0, lambda group: dist.all_gather_object(out, value, group=group), calls=None
+            "all_gather",
+            "world",
+            "",
+            0,
+            0,
+            lambda group: dist.all_gather_object(out, value, group=group),
+            kind="uncounted",
         )
         return out
 
     def barrier(self) -> None:
         """Returns when every rank of the world has arrived."""
-        self._do("barrier", "world", "", 0, 0, lambda group: dist.barrier(group=group), calls=None)
+        self._do("barrier", "world", "", 0, 0, lambda group: dist.barrier(group=group), kind="uncounted")
 
     # -- point to point ------------------------------------------------------------------------------------------------
 
     def send(self, x: torch.Tensor, to: int, axis: str = "world", what: str = "") -> None:
-        """Sends `x` to the `to`-th rank of `axis` without waiting for it to be received; `x` must not be changed after."""
+        """Sends `x` to the `to`-th rank of `axis` without waiting for it to be received.
+
+        `x` must not be changed after: gloo reads it when the receiver is ready.
+        """
         self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
         y = self._stage(x).contiguous()
         dst = self.mesh.peers(axis)[to]
-        work = self._do("send", axis, what, _bytes(x), _bytes(x), lambda group: dist.isend(y, dst=dst, group=group))
+
+        def start(group: dist.ProcessGroup | None) -> Any:
+            return dist.isend(y, dst=dst, group=group)
+
+        work = self._do("send", axis, what, y.nbytes, y.nbytes, start, kind="start")
         self._sending.append((work, y))
 
     def recv(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> torch.Tensor:
@@ -193,7 +291,14 @@ class Comm:
         """
         y = self._stage(x)
         src = self.mesh.peers(axis)[source]
-        self._do("recv", axis, what, 0, 0, lambda group: dist.recv(y, src=src, group=group), calls=0)
+
+        def receive(group: dist.ProcessGroup | None) -> None:
+            if self._on_device:
+                dist.recv(y, src=src, group=group)
+            elif work := dist.irecv(y, src=src, group=group):  # dist.recv would wait for ever on gloo's default group
+                work.wait(timedelta(seconds=self.mesh.timeout))
+
+        self._do("recv", axis, what, y.nbytes, y.nbytes, receive, kind="recv")
         return x.copy_(y) if y is not x else x
 
     def flush(self) -> None:
@@ -207,25 +312,73 @@ class Comm:
     def reset(self) -> None:
         """Forgets what was counted."""
         self.tallies.clear()
+        if self.events is not None:
+            self.events = []
 
     def _stage(self, x: torch.Tensor) -> torch.Tensor:
-        if x.device.type != self.device.type:  # NCCL would fail far from here, a fake process group not at all
+        if x.is_cpu != self._on_cpu:  # NCCL would fail far from here, a fake process group not at all
             raise ValueError(
                 f"a {x.device.type} tensor {tuple(x.shape)} was handed to a rank that works on {self.device}"
             )
         return x.cpu() if self._staged else x
 
+    def _shared(self, axis: str, x: torch.Tensor, summed: torch.dtype | None = None) -> shm.SharedMemory | None:
+        """The shared memory of `axis`, if it takes `x`: alike on all ranks of the group."""
+        shared = self.shared.get(axis)
+        return shared if shared and (summed is None or summed in shm.DTYPES) and x.is_contiguous() else None
+
+    def _begin(
+        self, op: str, axis: str, what: str, payload: int, wire: int,
+        start: Callable[[dist.ProcessGroup | None], dist.Work], result: Callable[[], torch.Tensor],
+    ) -> Pending:  # fmt: skip
+        """Starts an operation that goes on by itself; its tally learns when it ended, and for how long nobody waited."""
+        began = time.perf_counter()
+        work = self._do(op, axis, what, payload, wire, start, kind="start")
+        started = time.perf_counter()
+        due = self._due(axis, began, wire)
+        watched = self.meter and self.timed and not self._on_device
+        ended: list[float] = []
+        if watched:
+            work.get_future().add_done_callback(lambda _: ended.append(time.perf_counter()))
+
+        def land(group: dist.ProcessGroup | None) -> None:
+            work.wait()
+            if due:
+                time.sleep(max(0.0, due - time.perf_counter()))
+
+        def finish() -> torch.Tensor:
+            waiting = time.perf_counter()
+            self._do(op, axis, what, 0, 0, land, kind="wait")
+            if watched:
+                landed = max(due, ended[0] if ended else time.perf_counter())
+                tally = self.tallies.setdefault((op, axis, self.phase, what), Tally())
+                tally.hidden_seconds += max(0.0, min(waiting, landed) - started)
+                if self.events is not None:
+                    self.events.append(Event("flight", op, axis, self.phase, what, began, landed))
+            return result()
+
+        return Pending(finish)
+
+    def _due(self, axis: str, began: float, wire: int) -> float:
+        """When an imitated link has carried `wire` bytes more, one after the other; 0 if they don't cross it."""
+        if self.link is None or len({rank // self.link.ranks_per_host for rank in self.mesh.peers(axis)}) == 1:
+            return 0.0
+        self._link_free = max(self._link_free, began) + self.link.seconds(wire)
+        return self._link_free
+
     def _do(
         self, op: str, axis: str, what: str, payload: int, wire: int, call: Callable[[dist.ProcessGroup | None], Any],
-        *, calls: int | None = 1,
+        *, kind: str = "call",
     ) -> Any:  # fmt: skip
         """Runs `call` on the group of `axis`, numbered, counted and timed.
 
-        calls=0: a wait, of which only the time counts; None: nothing counts.
+        kind: "call"; "start" and "wait", the two ends of a flight (calls and bytes are counted at its start); "recv", the
+        other end of a send, of which only the time counts; "uncounted".
         """
         self.number += 1
+        text = _describe(op, axis, what)
         if self.board is not None:
-            self.board.write(self.number, True, _describe(op, axis, what))
+            self.board.write(self.number, True, text)
         began = time.perf_counter()
         on_device = self._on_device and self.timed and self.meter
         if on_device:
@@ -236,27 +389,38 @@ class Comm:
         except (RuntimeError, ValueError) as error:
             others = [r for r in self.mesh.peers(axis) if r != self.rank]
             raise CommError(
-                f"rank {self.rank}: {_describe(op, axis, what)} (its operation {self.number}) failed after "
+                f"rank {self.rank}: {text} (its operation {self.number}) failed after "
                 f"{time.perf_counter() - began:.1f} s with rank(s) {others}: {str(error).splitlines()[0]}"
             ) from error
-        if self.meter and calls is not None:
-            tally = self.tallies.setdefault(("send" if op == "recv" else op, axis, self.phase, what), Tally())
-            tally.calls += calls
-            tally.payload_bytes += payload
-            tally.wire_bytes += wire
+        if self.link and kind in ("call", "recv"):
+            time.sleep(max(0.0, self._due(axis, began, wire) - time.perf_counter()))
+        if self.meter and kind != "uncounted":
+            self._count(op, axis, what, payload, wire, kind, began)
             if on_device:
                 stop.record()
-                tally.events.append((start, stop))
-            elif self.timed:
-                tally.host_seconds += time.perf_counter() - began
+                self.tallies[("send" if op == "recv" else op, axis, self.phase, what)].events.append((start, stop))
         if self.board is not None:
-            self.board.write(self.number, False, _describe(op, axis, what))
+            self.board.write(self.number, False, text)
         return result
 
+    def _count(self, op: str, axis: str, what: str, payload: int, wire: int, kind: str, began: float) -> None:
+        key = ("send" if op == "recv" else op, axis, self.phase, what)
+        tally = self.tallies.get(key)
+        if tally is None:
+            tally = self.tallies[key] = Tally()
+        if kind in ("call", "start"):
+            tally.calls += 1
+            tally.payload_bytes += payload
+            tally.wire_bytes += wire
+        if self.timed and not self._on_device:
+            ended = time.perf_counter()
+            tally.host_seconds += ended - began
+            if self.events is not None:
+                self.events.append(
+                    Event("wait" if kind == "wait" else "call", op, axis, self.phase, what, began, ended)
+                )
 
-def _bytes(x: torch.Tensor) -> int:
-    return x.numel() * x.element_size()
 
-
+@cache
 def _describe(op: str, axis: str, what: str) -> str:
     return f"{op} of {what} on axis {axis}" if what else f"{op} on axis {axis}"

@@ -72,7 +72,7 @@ class Mesh:
                 f"{dist.get_world_size()} were started"
             )
         self.layout = layout
-        self.device = device
+        self.device, self.timeout = device, timeout
         self.rank = dist.get_rank()
         self.world_size = layout.world
         self.backend: str = dist.get_backend()

@@ -1,10 +1,13 @@
 """Comm: each operation gives what it says, on every axis, and counts what it moved."""
 
+import time
+
 import pytest
 import torch
 
 from labkit import Layout, run
 from labkit.comm import Comm
+from labkit.launch.local import RankError
 
 
 def every_operation(comm: Comm) -> dict:
@@ -92,3 +95,14 @@ def test_an_all_reduce_has_the_same_bits_on_every_rank() -> None:
     ranks = run(reductions_in_many_dtypes, ranks=3)
     for others in ranks[1:]:
         assert all(torch.equal(a, b) for a, b in zip(ranks[0], others, strict=True))
+
+
+@pytest.mark.parametrize("axis", ["world", "tp"])
+def test_a_message_that_never_comes_is_a_time_out(axis: str) -> None:
+    def waits(comm: Comm) -> None:
+        if comm.rank == 0:
+            comm.recv(torch.zeros(3), 1, axis, "news")
+        time.sleep(20)
+
+    with pytest.raises(RankError, match=f"recv of news on axis {axis} .* failed after 1.. s with rank"):
+        run(waits, 2, collective_timeout=1)

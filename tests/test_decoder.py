@@ -9,11 +9,10 @@ import torch
 
 from labkit import Layout, run
 from labkit.comm import Comm
-from labkit.model.attention import Batch
 from labkit.model.checkpoint import Checkpoint, fill
 from labkit.model.config import ModelConfig
 from labkit.model.decoder import Decoder
-from labkit.parallel import pipeline
+from labkit.parallel import overlap, pipeline
 
 LAYOUTS = [Layout(tp=t, pp=p, dp=d) for t in range(1, 5) for p in range(1, 5) for d in range(1, 5) if t * p * d <= 4]
 PROMPTS = [[5, 9, 77, 100, 31, 0, 8], [44, 3, 60, 12, 12], [1]]
@@ -29,21 +28,23 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
     return made
 
 
-def logits_of_all_families(comm: Comm, folders: dict[str, Path]) -> dict[str, Any]:
+def logits_of_all_families(comm: Comm, folders: dict[str, Path], mode: str = "none") -> dict[str, Any]:
     """Per family, on each rank of the last stage: logits after the prompts and after every decoded token."""
-    return {family: _logits(comm, folder) for family, folder in folders.items()}
+    return {family: _logits(comm, folder, mode) for family, folder in folders.items()}
 
 
 @torch.inference_mode()
-def _logits(comm: Comm, folder: Path) -> list[torch.Tensor]:
+def _logits(comm: Comm, folder: Path, mode: str) -> list[torch.Tensor]:
     decoder = Decoder(ModelConfig.read(folder), comm, torch.float32)
     fill(decoder.parameters(), Checkpoint(folder))
     cache = decoder.cache(slots=5, length=16)
     slots = [3, 0, 1]  # not neighbours, not in order
     starts, tokens, out = [0, 0, 0], PROMPTS, []
     for step in range(4):
-        batch = Batch.make(tokens, starts, slots, comm.device)
-        y = decoder(pipeline.receive(comm, batch, decoder), batch, cache)
+        ids = torch.tensor([i for t in tokens for i in t])
+        y = overlap.forward(
+            comm, decoder, cache, pipeline.receive(comm, ids, decoder), overlap.cut(tokens, starts, slots, mode)
+        )
         if decoder.last:
             out.append(decoder.head.gather(y))
         else:
@@ -67,3 +68,18 @@ def test_logits_are_transformers_logits(layout: Layout, checkpoints: dict) -> No
                 got = torch.stack([step[i] for step in result[family]])
                 difference = (got - expected).abs().max().item()
                 assert difference <= 1e-4, f"{family}, rank {rank}, prompt {i}: max difference {difference}"
+
+
+@pytest.mark.parametrize("mode", ["chunks", "two-batch"])
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, pp=2)], ids=lambda x: f"tp{x.tp}-pp{x.pp}")
+def test_a_step_computed_in_parts_gives_the_same_logits(layout: Layout, mode: str, checkpoints: dict) -> None:
+    folders = {family: folder for family, (folder, _) in checkpoints.items()}
+    for shared_memory in (True, False):
+        whole, cut = (
+            run(logits_of_all_families, layout=layout, args=(folders, m), timeout=120, shared_memory=shared_memory)
+            for m in ("none", mode)
+        )
+        for family in folders:
+            for a, b in zip(whole[-1][family], cut[-1][family], strict=True):
+                assert a.shape == b.shape
+                assert (a - b).abs().max().item() <= 1e-5, f"{family}, shared memory: {shared_memory}"

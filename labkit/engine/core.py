@@ -18,11 +18,10 @@ from labkit.comm import Comm, Pending
 from labkit.engine.requests import Request, Token
 from labkit.engine.sampling import sample
 from labkit.engine.scheduler import Scheduler, Step
-from labkit.model.attention import Batch
 from labkit.model.checkpoint import fill
 from labkit.model.decoder import Decoder
 from labkit.model.find import Model
-from labkit.parallel import pipeline
+from labkit.parallel import overlap, pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class EngineOptions:
     """What all ranks must agree on before they load: numbers of sequences and tokens, dtype name, seed of random weights.
 
+    overlap: how a step is cut so that its communication is hidden (`parallel.overlap`). trace: keep each operation's times.
     debug: compare each step's plan over the ranks of a replica, and name the one that differs.
     """
 
@@ -39,6 +39,8 @@ class EngineOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     seed: int
+    overlap: str = "none"
+    trace: bool = False
     debug: bool = False
 
 
@@ -62,6 +64,7 @@ class Engine:
         self.lanes = comm.mesh.layout.pp
         self.slots = -(-options.max_num_seqs // self.lanes)
         self.counts = Counts()
+        comm.events = [] if options.trace else None
         weights = model.weights(options.seed)
         with torch.inference_mode():
             self.decoder = Decoder(model.config, comm, DTYPES[options.dtype])
@@ -100,11 +103,12 @@ class Engine:
     def _forward(self, step: Step) -> Pending:
         """This stage's part of `step`; the ids that the last stage samples are on their way to all stages."""
         self.comm.phase = "prefill" if step.prefill else "decode"
-        batch = Batch.make(step.tokens, step.starts, step.slots, self.comm.device)
-        x = pipeline.receive(self.comm, batch, self.decoder)
-        y = self.decoder(x, batch, self.cache)
-        ids = sample(y, step, self.decoder.head) if self.decoder.last else None
-        return pipeline.pass_on(self.comm, y, ids, len(step.requests))
+        ids = torch.tensor([i for tokens in step.tokens for i in tokens], device=self.comm.device)
+        x = pipeline.receive(self.comm, ids, self.decoder)
+        parts = overlap.cut(step.tokens, step.starts, step.slots, self.options.overlap)
+        y = overlap.forward(self.comm, self.decoder, self.cache, x, parts)
+        chosen = sample(y, step, self.decoder.head) if self.decoder.last else None
+        return pipeline.pass_on(self.comm, y, chosen, len(step.requests))
 
     def _agree(self, tick: int, step: Step | None) -> None:
         """Raises if the ranks of this replica have not planned the same step, before they wait for each other in vain."""
@@ -151,6 +155,8 @@ class Engine:
             "decode_tokens": counts.decode_tokens,
             "decode_steps": counts.decode_steps,
             "seconds": counts.seconds,
+            "shared_memory": sorted(self.comm.shared),
+            "events": self.comm.events,
             "comm": [
                 {
                     "op": op,
@@ -161,6 +167,7 @@ class Engine:
                     "payload_bytes": tally.payload_bytes,
                     "wire_bytes": tally.wire_bytes,
                     "seconds": tally.seconds,
+                    "hidden_seconds": tally.hidden_seconds,
                     "tokens": tokens.get(phase, 0),
                 }
                 for (op, axis, phase, what), tally in self.comm.tallies.items()

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 from tokenizers.decoders import DecodeStream
 
-from labkit.comm import Comm
+from labkit.comm import Comm, Event
 from labkit.engine.core import DTYPES, Engine, EngineOptions
 from labkit.engine.report import assemble
 from labkit.engine.requests import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams, Token
 from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, threads_per_rank
+from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
 from labkit.model.decoder import check_layout
 from labkit.model.errors import ModelError
 from labkit.model.find import DEFAULT, Model, find
+from labkit.parallel.overlap import MODES
 
+MEASURE_THE_LINK = "measure the link"  # a message to the ranks
 Prompt = str | list[int] | dict[str, list[int]]
 
 
@@ -39,6 +42,11 @@ class LLM:
         seed: of random weights, and of the noise of requests that bring no seed.
         threads: torch threads of each rank; by default the cores shared out evenly.
         collective_timeout: seconds that a rank waits for another before the run is given up.
+        shared_memory: ranks of one host talk through shared memory where they can; off, through sockets alone.
+        link: between the ranks, as "1gbit" or "200mbit,50us" (`labkit.links`); its measured rate is in the report.
+        overlap: "none"; "chunks" (pieces of each prompt) or "two-batch" (two halves of the sequences) hide communication over
+            a slow link behind computation (`labkit.parallel.overlap`).
+        trace: keep what each rank did when, for `trace()`.
         debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
 
     Raises ModelError for a model that isn't supported, LayoutError for degrees that don't fit it, both before any rank
@@ -60,6 +68,10 @@ class LLM:
         seed: int = 0,
         threads: int | None = None,
         collective_timeout: float = 60.0,
+        shared_memory: bool = True,
+        link: Link | str | None = None,
+        overlap: str = "none",
+        trace: bool = False,
         debug: bool = False,
     ) -> None:
         self.layout = Layout(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
@@ -74,6 +86,8 @@ class LLM:
             max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
             max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             seed=seed,
+            overlap=_one_of("overlap", overlap, MODES),
+            trace=trace,
             debug=debug,
         )
         if config.sliding_window and self.options.max_model_len > config.sliding_window:
@@ -82,15 +96,24 @@ class LLM:
                 f"use at most the window, {config.sliding_window}"
             )
         self.threads = threads or threads_per_rank(self.layout.world)
-        self._timeout = collective_timeout
+        self._between: dict[str, Any] = {
+            "collective_timeout": collective_timeout,
+            "shared_memory": shared_memory,
+            "overlap": overlap != "none",
+        }
+        link = Link.parse(link) if isinstance(link, str) else link
         self._group: RankGroup | None = None
         self._engine: Engine | None = None
         self._tokens: list[list[Token]] = []
         self._rank_reports: list[dict[str, Any]] = []
+        self._link: dict[str, Any] | None = None
         if in_torchrun():
-            comm = join_torchrun(self.layout, threads=self.threads, collective_timeout=collective_timeout)
+            if link:
+                raise ValueError(f"link={str(link)!r} under torchrun: links are emulated between local CPU ranks only")
+            comm = join_torchrun(self.layout, threads=self.threads, **self._between)
             self._engine = Engine(self.model, comm, self.options)
         else:
+            self._between["link"] = link
             self._start()
 
     # -- generating ----------------------------------------------------------------------------------------------------
@@ -151,7 +174,14 @@ class LLM:
 
         Fields: `labkit.engine.report.assemble`. Before the first `generate`, only what each rank holds.
         """
-        return assemble(self.layout, self.options, self.threads, self._rank_reports, self._tokens)
+        report = assemble(self.layout, self.options, self.threads, self._rank_reports, self._tokens)
+        return report | {"link": self._link}
+
+    def trace(self) -> list[list[Event]]:
+        """What each rank did in the last `generate`, in rank order (`labkit.measure.trace`). Needs LLM(trace=True)."""
+        if not self.options.trace:
+            raise ValueError("nothing was traced: make it with LLM(..., trace=True)")
+        return [rank["events"] for rank in self._rank_reports]
 
     # -- ranks ---------------------------------------------------------------------------------------------------------
 
@@ -174,10 +204,15 @@ class LLM:
             args=(self.model, self.options),
             layout=self.layout,
             threads=self.threads,
-            collective_timeout=self._timeout,
+            **self._between,
         )
         ready = dict(group.receive() for _ in range(self.layout.world))
         self._rank_reports = [ready[rank] for rank in sorted(ready)]
+        if link := self._between["link"]:
+            if self.layout.world > 1:
+                group.send(MEASURE_THE_LINK)
+            rate = group.receive()[1] if self.layout.world > 1 else None
+            self._link = {"label": group.link_label, "asked_gbit_per_s": link.gbit_per_s, "measured_gbit_per_s": rate}
         self._group = group
         return group
 
@@ -286,6 +321,11 @@ def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> No
             requests = channel.receive()
         except EOFError:
             return
+        if requests == MEASURE_THE_LINK:
+            rate = measured_gbit(comm, megabytes=4)
+            if comm.rank == 0:
+                channel.send(rate)
+            continue
         for step in engine.generate(_share(requests, comm)):
             if leads:
                 channel.send(step)
@@ -310,6 +350,12 @@ def _dtype(asked: str, checkpoint: str) -> str:
     if asked == "auto" and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "float32"  # prefill with bfloat16 takes 5 to 8 times as long on an AVX2 processor
     return name
+
+
+def _one_of(name: str, value: str, legal: Sequence[str]) -> str:
+    if value not in legal:
+        raise ValueError(f"{name}={value!r}: use {', '.join(map(repr, legal))}")
+    return value
 
 
 def _at_least_one(name: str, value: int) -> int:

@@ -23,7 +23,8 @@ def assemble(
     tokens_per_s: generated tokens of all requests over the whole time. ttft_ms, tpot_ms: medians over requests of the time to
     the first token, and of the mean time between later ones (None without a second token). comm: one entry per operation,
     axis, phase and kind; per token = per decode step of one sequence (decode) or per prompt token (prefill), on the rank
-    that does most of it; with a batch, one call serves several sequences, so calls_per_token is below calls per step.
+    that does most of it; ms_per_token is what the rank was kept by it, hidden_ms_per_token what went on beside its work. With
+    a batch, one call serves several sequences, so calls_per_token is below calls per step.
     """
     times: dict[int, list[float]] = {}
     for step in steps:
@@ -40,12 +41,16 @@ def assemble(
         "dtype": options.dtype,
         "threads_per_rank": threads,
         "oversubscribed": oversubscribed(layout.world),
+        "overlap": options.overlap,
         "tokens_per_s": generated / seconds if seconds else None,
         "ttft_ms": median(t[0] for t in times.values()) * 1e3 if times else None,
         "tpot_ms": median(tpots) * 1e3 if tpots else None,
         "bubble_fraction": max((r["bubble_fraction"] for r in ranks), default=0.0),
         "ranks": [
-            {**{k: v for k, v in r.items() if k != "comm"}, "decode_comm_ms_per_token": _decode_comm_ms(r)}
+            {
+                **{k: v for k, v in r.items() if k not in ("comm", "events")},
+                "decode_comm_ms_per_token": _decode_comm_ms(r),
+            }
             for r in ranks
         ],
         "comm": _comm(ranks),
@@ -75,4 +80,5 @@ _PER_TOKEN = {
     "payload_bytes_per_token": ("payload_bytes", 1),
     "wire_bytes_per_token": ("wire_bytes", 1),
     "ms_per_token": ("seconds", 1e3),
+    "hidden_ms_per_token": ("hidden_seconds", 1e3),
 }

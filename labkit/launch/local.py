@@ -29,7 +29,8 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_
 
 from labkit.comm import Comm
 from labkit.launch.board import Board, Doing
-from labkit.launch.rank import Channel, Failure, Frame, Job, in_torchrun, join_torchrun, main
+from labkit.launch.rank import Channel, Failure, Frame, Job, Wiring, in_torchrun, join_torchrun, main
+from labkit.links import Link, LinkError, Network
 from labkit.measure.machine import core_ids, usable_cores
 from labkit.mesh import Layout, pick_backend
 from labkit.split import LayoutError
@@ -77,7 +78,12 @@ class RankGroup:
         ranks: how many. layout: their grid (default: one tensor-parallel group).
         threads: torch threads of each (default: the cores shared out). Each is pinned to cores of its own if these suffice.
         collective_timeout: seconds that an operation between ranks may wait. start_timeout: that ranks may need to be up.
-        meter: count operations.
+        meter: count operations. shared_memory: use it between the ranks, not sockets alone.
+        overlap: operations are to go on while the ranks compute.
+        link: one to emulate between CPU ranks: by the kernel, or where it refuses, or LABKIT_LINKS=software is set, by waiting.
+
+    Attributes:
+        link_label: the link, how it is emulated, and why not by the kernel; for figures and tables. Empty without one.
 
     Raises ValueError or LayoutError before anything is started, TypeError if `fn` or `args` cannot be pickled, RankError
     from any method when a rank fails.
@@ -94,6 +100,9 @@ class RankGroup:
         collective_timeout: float = 10.0,
         start_timeout: float = 60.0,
         meter: bool = True,
+        shared_memory: bool = True,
+        overlap: bool = False,
+        link: Link | None = None,
     ) -> None:
         if not isinstance(ranks, int) or ranks < 1:
             raise ValueError(f"ranks={ranks!r}: use 1 or more")
@@ -104,6 +113,7 @@ class RankGroup:
             work = cloudpickle.dumps((fn, args))
         except Exception as error:  # whatever a __reduce__ raises
             raise TypeError(f"{fn!r} and its arguments cannot be sent to ranks: {error}") from error
+        network, self.link_label = _emulate(link, ranks)
         self.ranks = ranks
         self._inbox: deque[tuple[int, Any]] = deque()
         self._up: set[int] = set()
@@ -111,25 +121,26 @@ class RankGroup:
         self._failures: dict[int, Failure] = {}  # in the order in which they became known
         self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
         self._board = Board(self._folder / "board", ranks)
-        job = Job(
-            work, layout, threads or threads_per_rank(ranks), core_ids(), self._folder,
-            {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")},
-            {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None},
-            collective_timeout, start_timeout, meter,
+        wiring = Wiring(
+            layout, threads or threads_per_rank(ranks), core_ids(), collective_timeout, start_timeout, meter,
+            shared_memory, overlap, link, [network.where(rank) for rank in range(ranks)] if network else None,
         )  # fmt: skip
+        environ = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
+        sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
+        job = Job(work, wiring, self._folder, environ, sources)
         pipes = [multiprocessing.Pipe() for _ in range(ranks)]
         self._links: dict[int, Connection] = {rank: here for rank, (here, _) in enumerate(pipes)}
         theirs = [there for _, there in pipes]
         self._processes: list[Any] = []
         # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
-        resources = (self._processes, [here for here, _ in pipes], self._folder)
+        resources = (self._processes, [here for here, _ in pipes], self._folder, network)
         self._end = util.Finalize(self, _end, resources, exitpriority=100)
         try:
             with _without_main():
                 multiprocessing.set_forkserver_preload(PRELOAD)
                 context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
-            for link in theirs:
-                link.close()
+            for their in theirs:
+                their.close()
             self._processes += context.processes
             self.pids = context.pids()
             self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
@@ -314,6 +325,8 @@ def run(
     layout: Layout | None = None,
     threads: int | None = None,
     collective_timeout: float = 10.0,
+    shared_memory: bool = True,
+    link: Link | None = None,
 ) -> list[Any]:
     """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order (tensors as copies).
 
@@ -321,14 +334,16 @@ def run(
         fn: any function, also a lambda or one from a notebook; it travels by value, with what it refers to.
         ranks: how many (default: what `layout` needs, else 2). layout: their grid (default: one tensor-parallel group).
         timeout: seconds for all of it, from when the ranks are up. collective_timeout: for one operation between ranks.
-        threads: torch threads of each (default: the cores shared out).
+        threads: torch threads of each (default: the cores shared out). shared_memory: use it between the ranks.
+        link: one to emulate between them, as RankGroup does.
 
     Raises RankError when a rank raises, dies, or does not finish in time; otherwise as RankGroup does.
     """
     ranks = ranks if ranks is not None else layout.world if layout else 2
     with RankGroup(
-        _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout
-    ) as group:
+        _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout,
+        shared_memory=shared_memory, link=link,
+    ) as group:  # fmt: skip
         group._until(lambda: len(group._inbox) == ranks, timeout, f"not finished after {timeout:g} s")
         values = dict(group._inbox)
     return [values[rank] for rank in range(ranks)]
@@ -362,7 +377,22 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = main_module
 
 
-def _end(processes: list[Any], links: list[Connection], folder: Path) -> None:
+def _emulate(link: Link | None, ranks: int) -> tuple[Network | None, str]:
+    """The network whose namespaces ranks are to enter, if any, and a label. Raises ValueError where no link can be emulated."""
+    if link is None:
+        return None, ""
+    if in_torchrun() or pick_backend(ranks)[1] != "cpu":
+        where = "torchrun's ranks" if in_torchrun() else "GPUs"
+        raise ValueError(f"link={str(link)!r} on {where}: links are emulated between local CPU ranks only")
+    try:
+        if os.environ.get("LABKIT_LINKS") == "software":
+            raise LinkError("LABKIT_LINKS=software")
+        return Network(link, ranks), f"{link.label}, tc tbf in network namespaces"
+    except LinkError as error:
+        return None, f"{link.label}, software-emulated ({error})"
+
+
+def _end(processes: list[Any], links: list[Connection], folder: Path, network: Network | None) -> None:
     """Ends ranks whatever they are doing. Closing their pipes alone does it, unless something holds the GIL."""
     for link in links:
         link.close()
@@ -374,4 +404,6 @@ def _end(processes: list[Any], links: list[Connection], folder: Path) -> None:
             pass
     for process in processes:
         process.close()
+    if network:
+        network.close()
     shutil.rmtree(folder, ignore_errors=True)

@@ -6,6 +6,7 @@ The cache belongs to one pipeline stage: it holds K and V of that stage's layers
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from labkit import split
-from labkit.comm import Comm
+from labkit.comm import Comm, Forward
 from labkit.model.checkpoint import Piece, parameter
 from labkit.model.config import ModelConfig
 from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear
@@ -23,26 +24,25 @@ from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 class Batch:
     """Tokens of one step, sequence after sequence: N tokens of B sequences, each with a cache slot of its own.
 
-    Either whole prompts (prefill), or one token each (decode, N = B). Positions count from 0 in each sequence.
+    Either prompts, whole or a part of them (prefill), or one token each (decode, N = B). Positions count from 0.
     """
 
-    ids: torch.Tensor  # (N,) token ids
     positions: torch.Tensor  # (N,)
     slots: torch.Tensor  # (N,) cache slot of each token
-    last: torch.Tensor  # (B,) where in N each sequence's last token stands
+    last: torch.Tensor  # (B,) where in N the last token stands of each sequence that wants logits
     lengths: list[int]  # (B,) tokens of each sequence in this step
+    starts: list[int]  # (B,) position of the first of them
     decode: bool
     context: int  # longest sequence, this step's tokens included
     rows: slice | torch.Tensor  # the cache slots of the B sequences: a slice where they are neighbours (no copy)
     mask: torch.Tensor | None  # decode: (B, 1, 1, context), True where there is a token; None if all are equally long
 
     @classmethod
-    def make(cls, tokens: list[list[int]], starts: list[int], slots: list[int], device: torch.device) -> "Batch":
-        """`tokens[i]` go to positions `starts[i]`... of the sequence in slot `slots[i]`; all starts 0, or one token each."""
-        lengths = [len(t) for t in tokens]
-        decode = any(starts)
-        if decode and max(lengths) > 1:
-            raise ValueError(f"a step is either whole prompts or one token each; got {lengths} tokens at {starts}")
+    def make(
+        cls, lengths: list[int], starts: list[int], slots: list[int], ends: list[bool], device: torch.device
+    ) -> "Batch":
+        """`lengths[i]` tokens go to positions `starts[i]`... of the sequence in slot `slots[i]`; it wants logits if `ends[i]`."""
+        decode = any(starts) and max(lengths) == 1
         context = [start + length for start, length in zip(starts, lengths, strict=True)]
         neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
 
@@ -53,11 +53,11 @@ class Batch:
         if decode and min(context) < max(context):
             mask = (torch.arange(max(context), device=device) < tensor(context).unsqueeze(1))[:, None, None, :]
         return cls(
-            ids=tensor([i for t in tokens for i in t]),
             positions=tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]),
             slots=tensor([slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)]),
-            last=tensor(np.cumsum(lengths).tolist()) - 1,
+            last=tensor([stop - 1 for i, stop in enumerate(accumulate(lengths)) if ends[i]]).long(),
             lengths=lengths,
+            starts=starts,
             decode=decode,
             context=max(context),
             rows=slice(slots[0], slots[0] + len(slots)) if neighbours else tensor(slots),
@@ -143,14 +143,14 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(weights, biases if cfg.qkv_bias else [], dtype, device)
         o_bias = Piece(f"{prefix}.o_proj.bias", (cfg.hidden,), 0, range(cfg.hidden)) if cfg.out_bias else None
         o_weight = Piece(f"{prefix}.o_proj.weight", (cfg.hidden, cfg.heads * d), 1, q)
-        self.o = RowParallelLinear(o_weight, o_bias, comm, "attention", dtype, device)
+        self.o = RowParallelLinear(o_weight, o_bias, "attention", dtype, device)
         if cfg.qk_norm:
             self.q_norm = parameter([Piece(f"{prefix}.q_norm.weight", (d,), 0, range(d))], dtype, device)
             self.k_norm = parameter([Piece(f"{prefix}.k_norm.weight", (d,), 0, range(d))], dtype, device)
 
     def forward(
         self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> Forward:
         """x (N, hidden) -> (N, hidden). Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
         d = self.cfg.head_dim
         n_q, n_kv = len(self.share.query), len(self.share.kv)
@@ -165,9 +165,9 @@ class Attention(nn.Module):
         share = self.share
         if share.pad_left or share.pad_right:
             q = F.pad(q, (0, 0, share.pad_left, share.pad_right))
-        out = self._decode(q, k, v, batch) if batch.decode else self._prefill(q, new_k, new_v, batch)
+        out = self._decode(q, k, v, batch) if batch.decode else self._prefill(q, new_k, new_v, k, v, batch)
         out = out[:, share.pad_left : share.pad_left + n_q]
-        return self.o(out.reshape(-1, n_q * d))
+        return (yield from self.o(out.reshape(-1, n_q * d)))
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One new token for each of B sequences, all at once. A group's query heads share K and V like rows of one query."""
@@ -177,12 +177,20 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(grid, keys, values, attn_mask=batch.mask)
         return out.reshape(q.shape)
 
-    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Whole prompts, one by one: each attends to itself, so the new K and V are all there is to read."""
+    def _prefill(
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """Prompts, one by one. A whole one attends to itself, so the new K and V are all there is to read; a later part of one
+        also to what the cache has of it."""
         outs = []
-        for qs, ks, vs in zip(*(t.split(batch.lengths) for t in (q, k, v)), strict=True):
+        parts = zip(*(t.split(batch.lengths) for t in (q, new_k, new_v, batch.slots)), batch.starts, strict=True)
+        for qs, ks, vs, slots, start in parts:
+            mask = None
+            if start:
+                ks, vs = (t[slots[0], : start + len(qs)] for t in (k, v))
+                mask = torch.ones(len(qs), len(ks), dtype=torch.bool, device=q.device).tril(start)
             qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (qs, ks, vs))  # (1, heads, length, d)
-            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             outs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outs)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from labkit import split
-from labkit.comm import Comm
+from labkit.comm import Comm, Forward
 from labkit.model.attention import Attention, Batch, KVCache, Rotary
 from labkit.model.checkpoint import Piece, parameter
 from labkit.model.config import ModelConfig
@@ -47,11 +47,11 @@ class MLP(nn.Module):
         self.gate_up = ColumnParallelLinear(weights, biases, dtype, device)
         bias = Piece(f"{prefix}.down_proj.bias", (hidden,), 0, range(hidden)) if cfg.mlp_bias else None
         weight = Piece(f"{prefix}.down_proj.weight", (hidden, full), 1, part)
-        self.down = RowParallelLinear(weight, bias, comm, "mlp", dtype, device)
+        self.down = RowParallelLinear(weight, bias, "mlp", dtype, device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Forward:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return (yield from self.down(F.silu(gate) * up))
 
 
 class Layer(nn.Module):
@@ -68,9 +68,9 @@ class Layer(nn.Module):
 
     def forward(
         self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        x = x + self.attention(F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps), batch, rope, k, v)
-        return x + self.mlp(F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps))
+    ) -> Forward:
+        x = x + (yield from self.attention(F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps), batch, rope, k, v))
+        return x + (yield from self.mlp(F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps)))
 
 
 def norm_weight(name: str, cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -81,6 +81,7 @@ class Decoder(nn.Module):
     """This rank's part. First stage: token ids in; others: the residual (N, hidden) of the stage before.
 
     Last stage: logits out, (B, this rank's part of the vocabulary) for each sequence's last token; others: the residual.
+    A forward yields at each communication point (`parallel.overlap` says who goes on from there).
     """
 
     def __init__(self, cfg: ModelConfig, comm: Comm, dtype: torch.dtype) -> None:
@@ -115,12 +116,12 @@ class Decoder(nn.Module):
             len(self.layers), slots, length, kv_heads, self.cfg.head_dim, dtype=self.dtype, device=self.mesh.device
         )
 
-    def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> Forward:
         if self.first:
-            x = self.embed(x)
+            x = yield from self.embed(x)
         rope = self.rope.tables(batch.positions, self.dtype)
         for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
-            x = layer(x, batch, rope, k, v)
+            x = yield from layer(x, batch, rope, k, v)
         if not self.last:
             return x
         return self.head(F.rms_norm(x[batch.last], x.shape[-1:], self.norm, self.cfg.rms_eps))

@@ -11,15 +11,14 @@ With p stages and m lanes in flight, one pass leaves each stage idle for (p - 1)
 import torch
 
 from labkit.comm import Comm, Pending
-from labkit.model.attention import Batch
 from labkit.model.decoder import Decoder
 
 
-def receive(comm: Comm, batch: Batch, decoder: Decoder) -> torch.Tensor:
-    """What this stage's layers work on: ids (N,) on the first stage, else the residual (N, hidden) from the stage before."""
+def receive(comm: Comm, ids: torch.Tensor, decoder: Decoder) -> torch.Tensor:
+    """What this stage's layers work on: the step's ids (N,) on the first stage, else the residual (N, hidden) sent to it."""
     if decoder.first:
-        return batch.ids
-    x = torch.empty(len(batch.ids), decoder.cfg.hidden, dtype=decoder.dtype, device=comm.device)
+        return ids
+    x = torch.empty(len(ids), decoder.cfg.hidden, dtype=decoder.dtype, device=comm.device)
     return comm.recv(x, comm.mesh.pp_rank - 1, "pp", "hidden")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from labkit import split
-from labkit.comm import Comm
+from labkit.comm import Comm, Exchange, Forward
 from labkit.model.checkpoint import Piece, parameter
 
 
@@ -35,16 +35,14 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """(N, this rank's input features) -> (N, out), the sum over ranks: one all-reduce, named `what` in the meter."""
 
-    def __init__(
-        self, weight: Piece, bias: Piece | None, comm: Comm, what: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, weight: Piece, bias: Piece | None, what: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = parameter([weight], dtype, device)
         self.bias = parameter([bias], dtype, device) if bias else None
-        self.comm, self.what = comm, what
+        self.what = what
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.comm.all_reduce(F.linear(x, self.weight), "tp", self.what)
+    def forward(self, x: torch.Tensor) -> Forward:
+        y = yield Exchange("all_reduce", F.linear(x, self.weight), "tp", self.what)
         return y if self.bias is None else y + self.bias  # after the sum, or it would be added tp times
 
 
@@ -57,12 +55,12 @@ class VocabParallelEmbedding(nn.Module):
         self.rows = table.part
         self.comm = comm
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor) -> Forward:
         if self.comm.mesh.size("tp") == 1:
             return F.embedding(ids, self.weight)
         mine = (ids >= self.rows.start) & (ids < self.rows.stop)
         found = F.embedding((ids - self.rows.start) * mine, self.weight) * mine.unsqueeze(1)
-        return self.comm.all_reduce(found, "tp", "embedding")
+        return (yield Exchange("all_reduce", found, "tp", "embedding"))
 
 
 class VocabParallelHead(nn.Module):
