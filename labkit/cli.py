@@ -32,6 +32,14 @@ Dp = Annotated[int, typer.Option("--dp", help="data-parallel replicas")]
 Ep = Annotated[bool, typer.Option("--ep", help="spread the experts of a mixture-of-experts model over dp x tp")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Threads = Annotated[int | None, typer.Option("--threads", help="threads of each rank (default: cores over ranks)")]
+LinkRate = Annotated[
+    str | None, typer.Option("--link", help="emulate a link between ranks: 1gbit, 200mbit,50us, 1gbit,2ranks/host")
+]
+Overlap = Annotated[str, typer.Option("--overlap", help="hide communication: none, chunks or two-batch")]
+SharedMemory = Annotated[
+    bool, typer.Option("--shared-memory/--sockets", help="between ranks of one host: shared memory where it is there")
+]
+Batch = Annotated[int, typer.Option(help="sequences at once")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of noise, and of random weights")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -76,6 +84,12 @@ def generate(
     seed: Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
     threads: Threads = None,
+    link: LinkRate = None,
+    overlap: Overlap = "none",
+    shared_memory: SharedMemory = True,
+    trace: Annotated[
+        Path | None, typer.Option(help="write what each rank did to this file, for ui.perfetto.dev")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, where rank 0 prints."""
@@ -90,6 +104,10 @@ def generate(
         dtype=dtype,
         seed=seed,
         threads=threads,
+        link=link,
+        overlap=overlap,
+        shared_memory=shared_memory,
+        trace=trace is not None,
     )
     with llm:
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
@@ -99,6 +117,10 @@ def generate(
         leads = llm.leads
     if not leads:
         return
+    if trace:
+        from labkit.measure.trace import chrome, spans
+
+        trace.write_text(json.dumps(chrome(spans(llm.trace(), llm.layout))))
     result = {"text": output.text, "token_ids": output.token_ids, "layout": report["layout"], "report": report}
 
     def show() -> None:
@@ -116,21 +138,128 @@ def bench_decode(
     pp: Pp = 1,
     dp: Dp = 1,
     ep: Ep = False,
-    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    batch: Batch = 1,
     prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 32,
     tokens: Annotated[int, typer.Option(help="tokens to generate for each")] = 64,
     repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 5,
     threads: Threads = None,
+    link: LinkRate = None,
+    compare: Annotated[bool, typer.Option(help="also through sockets alone, and one rank, taking turns")] = False,
     as_json: Json = False,
 ) -> None:
     """Decode speed: time per output token, tokens/s, and the part of it spent in communication."""
     from labkit.measure.bench import decode
 
-    row = decode(
+    rows = decode(
         model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats,
-        threads=threads,
+        threads=threads, link=link, compare=compare,
     )  # fmt: skip
-    finish({"results": [row]}, as_json, lambda: _show(row))
+
+    def show() -> None:
+        _show(rows[0])
+        if compare:
+            _table(rows, ("name", "tpot_ms", "comm_share", "weights_gb_per_s", "speedup", "same_tokens"))
+
+    finish({"results": rows}, as_json, show)
+
+
+@bench.command("prefill")
+def bench_prefill(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    batch: Batch = 4,
+    prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 512,
+    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass")] = 512,
+    repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 3,
+    threads: Threads = None,
+    link: LinkRate = None,
+    overlap: Overlap = "none",
+    compare: Annotated[bool, typer.Option(help="TP against PP, without a link and with it, taking turns")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prefill speed: seconds until all prompts have their first token."""
+    from labkit.measure.bench import prefill
+
+    rows = prefill(
+        model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, step=step, repeats=repeats,
+        threads=threads, link=link, overlap=overlap, compare=compare,
+    )  # fmt: skip
+    finish({"results": rows}, as_json, lambda: _table(rows, ("name", "seconds", "prompt_tokens_per_s", "same_tokens")))
+
+
+@bench.command("overlap")
+def bench_overlap(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 2,
+    batch: Batch = 4,
+    prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 512,
+    repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 3,
+    threads: Threads = None,
+    link: Annotated[
+        list[str] | None, typer.Option(help="links to try; by default five, found by a measurement")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What hiding communication behind computation gains in prefill, over links of several rates."""
+    from labkit.measure.bench import overlap
+
+    rows = overlap(
+        model, dtype=dtype, tp=tp, batch=batch, prompt=prompt, repeats=repeats, threads=threads, links=link or ()
+    )
+    columns = ("overlap", "seconds", "comm_ms", "hidden_ms", "gain", "same_tokens")
+    finish({"results": rows}, as_json, lambda: _table(rows, columns))
+
+
+@bench.command("collectives")
+def bench_collectives(
+    ranks: Annotated[str, typer.Option(help="numbers of ranks, as 2,3,4")] = "2,3,4",
+    ops: Annotated[
+        str, typer.Option(help="operations, as all_reduce,ring,one-shot,two-shot (default: Comm's seven)")
+    ] = "",
+    largest: Annotated[int, typer.Option(help="largest message in bytes, from 256 on in powers of two")] = 2**26,
+    link: LinkRate = None,
+    csv: Annotated[Path | None, typer.Option(help="write all rows to this CSV file")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="draw all-reduce, or the first operation, into this PNG file")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="how long to repeat each point")] = 0.1,
+    as_json: Json = False,
+) -> None:
+    """Every collective over message sizes, numbers of ranks and paths: latency, bandwidth, and a fit of both."""
+    from labkit.measure.collectives import OPS, SIZES, fits, sweep
+
+    chosen = ops.split(",") if ops else list(OPS)
+    frame = sweep(
+        [int(n) for n in ranks.split(",")], chosen, [s for s in SIZES if s <= largest], link=link, seconds=seconds
+    )
+    fitted = fits(frame)
+    if csv:
+        frame.to_csv(csv, index=False)
+    if plot:
+        from labkit.lab.plots import collectives
+
+        first = chosen[0]
+        collectives(frame[frame["op"] == first]).savefig(plot, dpi=110)
+    rows, lines = frame.to_dict("records"), fitted.to_dict("records")
+
+    def show() -> None:
+        times = frame.pivot_table(index="bytes", columns=["ranks", "path", "op"], values="median_us", sort=False)
+        with pandas.option_context("display.width", None, "display.max_columns", None, "display.max_rows", None):
+            print(f"median us, {hardware('cpu')}\n{times.round(1).T.to_string()}\n")
+            print(f"t = alpha + bytes / beta, fitted on every other size\n{fitted.round(3).to_string(index=False)}")
+        for text in sorted({row["link"] for row in rows if row["link"]}):
+            print(f"link: {text}; measured {rows[0]['link_gbit_per_s']:.3g} Gbit/s")
+
+    import pandas
+
+    from labkit.measure.machine import hardware
+
+    finish({"results": rows, "fits": lines}, as_json, show)
 
 
 @app.command()
@@ -173,6 +302,27 @@ def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a 
     )
 
 
+def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """One line for each row, and before them what all have in common."""
+    from rich.table import Table
+
+    layout = " x ".join(f"{k}={v}" for k, v in rows[0]["layout"].items() if v > 1) or "one rank"
+    common = f"{rows[0]['model']}, {layout}, {rows[0]['dtype']}, batch {rows[0]['batch']}"
+    table = Table(title=f"{common}, {rows[0]['prompt_tokens']} prompt tokens; {rows[0]['hardware']}")
+    linked = [row for row in rows if row.get("link")]
+    for name in (*columns, *(("link: Gbit/s asked, measured",) if linked else ())):
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        link = row.get("link")
+        rates = (
+            [f"{link['asked_gbit_per_s']:.3g}, {link['measured_gbit_per_s']:.3g}" if link else "-"] if linked else []
+        )
+        table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns), *rates)
+    console.print(table)
+    for text in sorted({row["link"]["label"] for row in linked}):
+        console.print(f"link: {text}")
+
+
 def _show(report: dict[str, Any]) -> None:
     """A report in five lines."""
     ranks = report["ranks"]
@@ -187,6 +337,11 @@ def _show(report: dict[str, Any]) -> None:
         "between ranks": f"{calls:.1f} calls and {comm_ms:.1f} ms per decoded token, waiting included",
         "memory": f"{max(r['weights_bytes'] for r in ranks) / 1e6:.1f} MB of weights on the fullest rank",
     }
+    if any(rank["shared_memory"] for rank in ranks):
+        lines["layout"] += ", shared memory"
+    if report["link"]:
+        rate = report["link"]["measured_gbit_per_s"]
+        lines["link"] = report["link"]["label"] + (f"; measured {rate:.3g} Gbit/s" if rate else "")
     if report["oversubscribed"]:
         lines["mind"] = "oversubscribed (more ranks than devices): counts and bytes hold, times say little"
     for name, text in lines.items():

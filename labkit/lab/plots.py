@@ -9,9 +9,12 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from labkit.measure.trace import Span
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
@@ -119,6 +122,74 @@ def latency(predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str,
         xticklabels=names,
     )
     ax.margins(y=0.12)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _bare(ax)
+    return picture
+
+
+def collectives(
+    frame: pd.DataFrame, lines: Mapping[str, Sequence[tuple[float, float, float]]] | None = None
+) -> Picture:
+    """Time over size, both logarithmic, from a sweep's rows (`labkit.measure.collectives`); a curve for each op, path, and ranks.
+
+    lines: for a curve's label, what `fit` has made of it, drawn dashed.
+    """
+    from labkit.measure.collectives import predict
+
+    several = [column for column in ("op", "path", "ranks") if frame[column].nunique() > 1] or ["op"]
+    groups = {", ".join(f"{v} ranks" if c == "ranks" else str(v) for c, v in zip(several, key, strict=True)): rows
+              for key, rows in frame.groupby(several, sort=False)}  # fmt: skip
+    said = "; ".join(
+        f"{name}: {rows['median_us'].iloc[0]:.0f} us at {rows['bytes'].iloc[0]} bytes, "
+        f"{rows['median_us'].iloc[-1]:.0f} us at {rows['bytes'].iloc[-1]}"
+        for name, rows in groups.items()
+    )
+    picture = Picture(f"Median time of an operation over its size. {said}.", (7, 3.8))
+    ax = picture.subplots()
+    for i, (name, rows) in enumerate(groups.items()):
+        colour = COLOURS[i % 8]
+        ax.plot(rows["bytes"], rows["median_us"], marker="osD^v*Xp"[i % 8], markersize=4, color=colour, label=name)
+        ax.fill_between(rows["bytes"], rows["median_us"], rows["p95_us"], color=colour, alpha=0.15, linewidth=0)
+        if lines and name in lines:
+            guesses = [predict(lines[name], size) for size in rows["bytes"]]
+            ax.plot(rows["bytes"], guesses, "--", color="black", linewidth=1)
+    ax.set(xscale="log", yscale="log", xlabel="bytes", ylabel="us (median; shaded up to p95)")
+    ax.set_xscale("log", base=2)
+    ax.legend(frameon=False, fontsize=8)
+    _bare(ax)
+    return picture
+
+
+KINDS = {"compute": ("#dddddd", ""), "tp": ("#56B4E9", "//"), "pp": ("#E69F00", "\\\\"), "dp": ("#F0E442", "xx"),
+         "waiting": ("#D55E00", ".."), "bubble": ("white", "..")}  # fmt: skip
+
+
+def gantt(trace: Sequence[Span], start_ms: float = 0.0, stop_ms: float | None = None, title: str = "") -> Picture:
+    """What each rank did between two moments of a trace (`labkit.measure.trace.spans`); thin bars went on beside its work."""
+    stop = stop_ms if stop_ms is not None else max(s.ended for s in trace) * 1e3
+    shown = [s for s in trace if s.ended * 1e3 > start_ms and s.began * 1e3 < stop]
+    ranks = sorted({s.rank for s in shown})
+    spent: dict[tuple[int, str], float] = {}
+    for s in shown:
+        if not s.flight:
+            spent[s.rank, s.kind] = spent.get((s.rank, s.kind), 0.0) + (s.ended - s.began) * 1e3
+    said = "; ".join(
+        f"rank {rank}: " + ", ".join(f"{kind} {ms:.1f} ms" for (r, kind), ms in spent.items() if r == rank)
+        for rank in ranks
+    )
+    picture = Picture(f"What each rank did. {title}. {said}.", (9, 0.8 + 0.75 * len(ranks)))
+    ax = picture.subplots()
+    for kind, (colour, hatch) in KINDS.items():
+        for flight in (False, True):
+            bars = [s for s in shown if s.kind == kind and s.flight == flight]
+            if bars:
+                ax.barh(
+                    [s.rank + (0.4 if flight else 0) for s in bars], [(s.ended - s.began) * 1e3 for s in bars],
+                    left=[s.began * 1e3 for s in bars], height=0.14 if flight else 0.6, facecolor=colour, hatch=hatch,
+                    edgecolor="black", linewidth=0.3, label=None if flight else kind,
+                )  # fmt: skip
+    ax.set(xlim=(start_ms, stop), yticks=ranks, yticklabels=[f"rank {r}" for r in ranks], xlabel="ms", title=title)
+    ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _bare(ax)
     return picture

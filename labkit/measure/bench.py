@@ -1,6 +1,10 @@
-"""Timed runs of the engine: medians and spread over repeats, never a single figure."""
+"""Timed runs of the engine: medians and spread over repeats, never a single figure; what is compared takes turns.
+
+On a shared machine speed changes from minute to minute: compare rows of one call, not of two.
+"""
 
 import time
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -8,46 +12,160 @@ import torch
 
 from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
+from labkit.links import Link
+from labkit.parallel.overlap import MODES
+
+Row = dict[str, Any]
+
+
+def in_turns(
+    model: str, variants: Mapping[str, Mapping[str, Any]], *, batch: int, prompt: int, tokens: int, repeats: int,
+    **shared: Any,
+) -> list[Row]:  # fmt: skip
+    """Serves the same `batch` prompts of `prompt` tokens, `tokens` generated for each, with each variant in turn.
+
+    Args:
+        variants: by name, arguments of `LLM`. shared: those that all have in common.
+        repeats: rounds that count, after one to warm up.
+
+    Returns a row for each variant: the report (`LLM.report`) of its median run by total time, with `name`, `seconds` and
+    `seconds_all` (sorted), the workload, and `same_tokens`: whether it generated what the first variant did.
+    """
+    if min(batch, prompt, tokens, repeats) < 1:
+        raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    llms: dict[str, LLM] = {}
+    runs: dict[str, list[Row]] = {name: [] for name in variants}
+    ids: dict[str, list[list[int]]] = {}
+    try:
+        for name, arguments in variants.items():
+            llms[name] = LLM(model, **{"max_model_len": prompt + tokens, "max_num_seqs": batch, **shared, **arguments})
+        vocab = next(iter(llms.values())).model.config.vocab
+        prompts = torch.randint(0, vocab, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+        for _ in range(repeats + 1):
+            for name, llm in llms.items():
+                outputs = llm.generate(prompts, params)
+                ids[name] = [output.outputs[0].token_ids for output in outputs]
+                report = llm.report()
+                runs[name].append(report | {"seconds": batch * tokens / report["tokens_per_s"]})
+    finally:
+        for llm in llms.values():
+            llm.close()
+    rows = []
+    for name, reports in runs.items():
+        ranked = sorted(reports[1:], key=lambda r: r["seconds"])
+        rows.append(ranked[(len(ranked) - 1) // 2] | {
+            "name": name, "model": model, "batch": batch, "prompt_tokens": prompt, "new_tokens": tokens, "repeats": repeats,
+            "seconds_all": [r["seconds"] for r in ranked], "tpot_ms_all": sorted(r["tpot_ms"] or 0.0 for r in ranked),
+            "same_tokens": ids[name] == ids[next(iter(ids))],
+        })  # fmt: skip
+    return rows
 
 
 def decode(
     model: str, *, dtype: str = "auto", tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False, batch: int = 1,
-    prompt: int = 32, tokens: int = 64, repeats: int = 5, threads: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Serves `batch` prompts of `prompt` tokens, `tokens` generated for each, `repeats` times after a warm-up.
+    prompt: int = 32, tokens: int = 64, repeats: int = 5, threads: int | None = None, link: str | None = None,
+    compare: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Decode speed of a layout. With `compare` three rows that took turns: the layout, the same through sockets alone, and one
+    rank with as many threads as one of the layout's; each with `speedup` over that one rank.
 
-    Returns the report (`LLM.report`) of the median run, with `batch`, `prompt_tokens`, `new_tokens`, `repeats`, the TPOT of all
-    runs (`tpot_ms_all`, sorted) and `weights_gb_per_s`: bytes of weights read per decode step over the median TPOT, in
-    GB/s on all ranks together. Compare it with the machine's memory bandwidth: batch 1 decode is bound by it.
+    Rows are `in_turns`'s, with `weights_gb_per_s`: bytes of weights read per decode step over the TPOT, in GB/s on all ranks
+    together (compare it with the machine's memory bandwidth: batch 1 decode is bound by it), and `comm_share`: the part of
+    the TPOT that the rank which waits most spends in communication, waiting included.
     """
-    if min(batch, prompt, repeats) < 1 or tokens < 2:
-        raise ValueError(
-            f"batch={batch}, prompt={prompt}, repeats={repeats}: use 1 or more; tokens={tokens}: 2 or more"
-        )
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    with LLM(
-        model, tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp, enable_expert_parallel=ep,
-        dtype=dtype, max_model_len=prompt + tokens, max_num_seqs=batch, threads=threads,
-    ) as llm:  # fmt: skip
-        vocab = llm.model.config.vocab
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, vocab, (batch, prompt), generator=generator).tolist()
-        runs = []
-        for _ in range(repeats + 1):
-            llm.generate(prompts, params)
-            runs.append(llm.report())
-    runs = sorted(runs[1:], key=lambda r: r["tpot_ms"])
-    row = runs[(len(runs) - 1) // 2]
-    return {
-        **row,
-        "model": model,
-        "batch": batch,
-        "prompt_tokens": prompt,
-        "new_tokens": tokens,
-        "repeats": repeats,
-        "tpot_ms_all": [r["tpot_ms"] for r in runs],
-        "weights_gb_per_s": sum(r["weights_bytes"] for r in row["ranks"]) / row["tpot_ms"] / 1e6,
-    }
+    if tokens < 2:
+        raise ValueError(f"tokens={tokens}: use 2 or more")
+    layout = {
+        "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": dp, "enable_expert_parallel": ep,
+        "link": link,
+    }  # fmt: skip
+    variants: dict[str, dict[str, Any]] = {"layout": layout}
+    if compare:
+        variants |= {"sockets alone": layout | {"shared_memory": False}, "one rank": {}}
+    if threads is None and compare:
+        from labkit.launch.local import threads_per_rank
+
+        threads = threads_per_rank(tp * pp * dp)
+    rows = in_turns(
+        model, variants, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, dtype=dtype, threads=threads
+    )
+    for row in rows:
+        weights = sum(rank["weights_bytes"] for rank in row["ranks"])
+        row["weights_gb_per_s"] = weights / row["tpot_ms"] / 1e6
+        row["comm_share"] = max(r["decode_comm_ms_per_token"] for r in row["ranks"]) * batch / row["tpot_ms"]
+        row["speedup"] = rows[-1]["tpot_ms"] / row["tpot_ms"] if compare else None
+    return rows
+
+
+def prefill(
+    model: str, *, dtype: str = "auto", tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False, batch: int = 4,
+    prompt: int = 512, step: int = 512, repeats: int = 3, threads: int | None = None, link: str | None = None,
+    overlap: str = "none", compare: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Time to the first token of all prompts. With `compare` four rows that took turns: as many ranks along "tp" as along "pp",
+    each without a link and with it.
+
+    step: prompt tokens of one forward pass; a pipeline fills up with several. Rows are `in_turns`'s, with
+    `prompt_tokens_per_s`.
+    """
+    common = {"data_parallel_size": dp, "enable_expert_parallel": ep, "overlap": overlap}
+    here = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "link": link} | common
+    variants: dict[str, dict[str, Any]] = {"layout": here}
+    if compare:
+        if link is None or (tp > 1) == (pp > 1):
+            raise ValueError("to compare, give a link, and a degree of 2 or more to one of tp and pp")
+        n = max(tp, pp)
+        shapes = {f"TP={n}": {"tensor_parallel_size": n}, f"PP={n}": {"pipeline_parallel_size": n}}
+        variants = {
+            f"{name}, {at or 'no link'}": shape | common | {"link": at}
+            for at in (None, link) for name, shape in shapes.items()
+        }  # fmt: skip
+    rows = in_turns(
+        model, variants, batch=batch, prompt=prompt, tokens=1, repeats=repeats, dtype=dtype, threads=threads,
+        max_num_batched_tokens=step,
+    )  # fmt: skip
+    for row in rows:
+        row["prompt_tokens_per_s"] = batch * prompt / row["seconds"]
+    return rows
+
+
+def overlap(
+    model: str, *, dtype: str = "auto", tp: int = 2, batch: int = 4, prompt: int = 512, repeats: int = 3,
+    threads: int | None = None, links: Sequence[str] = (), modes: Sequence[str] = MODES,
+) -> list[Row]:  # fmt: skip
+    """Prefill time with and without overlap over links of several rates.
+
+    links: as "1gbit"; by default five around the rate at which communication takes as long as computation, which is found
+    from one run through sockets without a link.
+
+    Rows are `in_turns`'s, for each link and mode, with `gain` over mode "none" on the same link, and `comm_ms`, `hidden_ms`:
+    what the rank that waits most was kept by, and what went on beside its work.
+    """
+    work: dict[str, Any] = {
+        "batch": batch, "prompt": prompt, "tokens": 1, "dtype": dtype, "threads": threads, "tensor_parallel_size": tp,
+        "max_num_batched_tokens": batch * prompt, "shared_memory": False,
+    }  # fmt: skip
+    if not links:
+        [free] = in_turns(model, {"none": {}}, repeats=repeats, **work)
+        computing = free["seconds"] - _comm_ms(free, "ms_per_token") / 1e3
+        wire = sum(c["wire_bytes_per_token"] for c in free["comm"] if c["phase"] == "prefill") * batch * prompt
+        balanced = wire * 8 / computing / 1e9
+        links = [str(Link(round(balanced * factor, 3))) for factor in (0.25, 0.5, 1, 2, 4)]
+    rows = []
+    for link in links:
+        group = in_turns(model, {mode: {"overlap": mode} for mode in modes}, repeats=repeats, link=link, **work)
+        for row in group:
+            row["gain"] = group[0]["seconds"] / row["seconds"]
+            row["comm_ms"], row["hidden_ms"] = _comm_ms(row, "ms_per_token"), _comm_ms(row, "hidden_ms_per_token")
+        rows += group
+    return rows
+
+
+def _comm_ms(row: Row, field: str) -> float:
+    """Milliseconds of prefill communication, of all prompts together."""
+    tokens = row["batch"] * row["prompt_tokens"]
+    return sum(c[field] for c in row["comm"] if c["phase"] == "prefill") * tokens
 
 
 def memory_bandwidth(threads: int = 1, megabytes: int = 256, repeats: int = 7) -> float:
