@@ -1,11 +1,13 @@
 """`check(name, fn)`: runs the learner's function on fresh ranks and says what is right, what is wrong, and why.
 
-It knows exercises only through `labkit.lab.exercise`, and ranks only through `labkit.run`.
+It knows exercises only through `labkit.lab.exercise`, and ranks only through `labkit.run`. Ranks import this file too, so it
+leaves pandas to the notebook: a second for each rank.
 """
 
 import html
 import linecache
 import random
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -14,16 +16,16 @@ from pathlib import Path
 from pickle import PicklingError
 from typing import Any, NamedTuple
 
-import pandas as pd
 import torch
 
 from labkit.comm import Comm, CommError
-from labkit.lab.exercise import Case, Exercise
+from labkit.lab.exercise import Case, Exercise, PerRank, Traffic
 from labkit.lab.exercises import find
 from labkit.launch.local import RankError, run
 
 MIME = "application/vnd.labkit.check+json"
-TIMEOUT = 20.0  # seconds for all cases of one number of ranks
+TIMEOUT = 9.0  # seconds for all cases of one number of ranks; half of it for an operation between them
+LATE = 0.02  # seconds that rank 0 starts a case after the others: who counts on being in step is found out
 MARKS = {
     "passed": ("[ok]", "#009E73"),
     "not yet": ("[..]", "#D55E00"),
@@ -32,6 +34,10 @@ MARKS = {
     "hung": ("[!!]", "#CC79A7"),
 }
 _RULE = "All ranks must enter the same operations, in the same order, or they wait for each other in vain."
+_OVERWRITTEN = (
+    "A tensor was changed after it had been handed to comm.send, and before it had left: send doesn't wait and keeps no "
+    "copy, so the receiver gets what is there by then. Receive into another tensor, or send a clone."
+)
 _attempts: Counter[str] = Counter()
 
 
@@ -56,14 +62,14 @@ class CheckResult:
         return f"{MARKS[self.status][0]} {self.name}: {self.status}{attempt}, seed {self.seed}"
 
     def __str__(self) -> str:
-        table = pd.DataFrame(self.cases).to_string(index=False) if self.cases else ""
+        table = _frame(self.cases).to_string(index=False) if self.cases else ""
         return "\n".join(part for part in (f"{self.title}: {self.message}", table, self.hint, self.replay) if part)
 
     __repr__ = __str__
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         said = [html.escape(part).replace("\n", "<br>") for part in (self.message, self.hint, self.replay)]
-        table = pd.DataFrame(self.cases).to_html(index=False, justify="left", border=0) if self.cases else ""
+        table = _frame(self.cases).to_html(index=False, justify="left", border=0) if self.cases else ""
         body = "".join(f"<p style='margin:.4em 0'>{part}</p>" for part in said if part)
         style = f"border-left:5px solid {MARKS[self.status][1]};padding:.2em .8em;max-width:60em"
         page = f"<div role='status' style='{style}'><b>{html.escape(self.title)}</b>{body}{table}</div>"
@@ -130,8 +136,9 @@ def _judge(exercise: Exercise, fn: Any, cases: list[Case]) -> Verdict:
                 [],
             )
         outcomes += [list(case) for case in zip(*by_rank, strict=True)]
-    trouble = _trouble(exercise, [o for case in outcomes for o in case])
-    return (*trouble, []) if trouble else _compare(exercise, cases, outcomes)
+        if trouble := _trouble(exercise, [o for case in outcomes for o in case]):
+            return *trouble, []
+    return _compare(exercise, cases, outcomes)
 
 
 class _Outcome(NamedTuple):
@@ -141,7 +148,42 @@ class _Outcome(NamedTuple):
     value: Any = None
     text: str = ""
     where: tuple[str, int] | None = None
-    collectives: int = 0
+    traffic: Traffic = Traffic({}, 0)
+
+
+class _Watched:
+    """A rank's `comm` that notes whether what is sent is still the same when this rank's next receive has ended.
+
+    Later the receiver may have told that it has it, by what it sent itself; until then, changing it is a race.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self._sent: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._overwritten = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._comm, name)
+
+    def send(self, x: torch.Tensor, *args: Any, **options: Any) -> None:
+        self._sent.append((x, x.clone()))
+        self._comm.send(x, *args, **options)
+
+    def recv(self, x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        got = self._comm.recv(x, *args, **options)
+        self._look()
+        return got
+
+    def _look(self) -> None:
+        self._overwritten |= any(not torch.equal(x, was) for x, was in self._sent)
+        self._sent.clear()
+
+    def traffic(self) -> Traffic:
+        self._look()
+        calls: Counter[str] = Counter()
+        for (op, *_), tally in self._comm.tallies.items():
+            calls[op] += tally.calls
+        return Traffic(dict(+calls), sum(tally.wire_bytes for tally in self._comm.tallies.values()), self._overwritten)
 
 
 def _on_rank(comm: Comm, fn: Callable[..., Any], calls: list[tuple[Any, ...]], spmd: bool) -> list[_Outcome]:
@@ -149,23 +191,27 @@ def _on_rank(comm: Comm, fn: Callable[..., Any], calls: list[tuple[Any, ...]], s
     outcomes: list[_Outcome] = []
     for args in calls:
         comm.reset()
-        mine = [a.to(comm.device) if isinstance(a, torch.Tensor) else a for a in args]
+        watched = _Watched(comm)
+        own = [a[comm.rank] if isinstance(a, PerRank) else a for a in args]
+        mine = [a.to(comm.device) if isinstance(a, torch.Tensor) else a for a in own]
+        if spmd and comm.rank == 0:
+            time.sleep(LATE)
         try:
-            value = fn(*mine, comm) if spmd else fn(*mine)
+            value = fn(*mine, watched) if spmd else fn(*mine)
+            outcomes.append(_returned(value, watched.traffic()))
         except (Exception, SystemExit) as error:
             return [*outcomes, *[_raised(error, fn)] * (len(calls) - len(outcomes))]
-        outcomes.append(_returned(value, sum(tally.calls for tally in comm.tallies.values())))
     return outcomes
 
 
-def _returned(value: Any, collectives: int) -> _Outcome:
+def _returned(value: Any, traffic: Traffic) -> _Outcome:
     if value is None or value is Ellipsis:
         return _Outcome("nothing")
     try:
         number = torch.as_tensor(value).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
         return _Outcome("no number", text=type(value).__name__)
-    return _Outcome("value", number.numpy(), collectives=collectives)
+    return _Outcome("value", number.numpy(), traffic=traffic)
 
 
 def _raised(error: BaseException, fn: Any) -> _Outcome:
@@ -208,12 +254,23 @@ def _compare(exercise: Exercise, cases: list[Case], outcomes: list[list[_Outcome
         rows.append(dict(zip(("case", "yours", "expected", "compared"), shown, strict=True)))
     wrong = [row for row in rows if row["compared"] != "agrees"]
     if not wrong:
-        broken = next((said for case in outcomes for o in case if (said := exercise.rule(o.collectives))), "")
+        largest_first = reversed(
+            [(case, o.traffic) for case, ranks in zip(cases, outcomes, strict=True) for o in ranks]
+        )
+        broken = next((said for seen in largest_first if (said := exercise.rule(*seen))), "")
         return ("not yet", broken, []) if broken else ("passed", f"{len(cases)} cases agree. {exercise.moral}", [])
     message = f"wrong in {len(wrong)} of {len(cases)} cases, e.g. {wrong[0]['case']}: {wrong[0]['compared']}."
     if known := exercise.diagnose(mine, cases):
         message += f"\nThat is what you get when {known.name}. {known.why}"
+    elif any(o.traffic.overwritten for case in outcomes for o in case):
+        message += f"\n{_OVERWRITTEN}"
     return "not yet", message, rows
+
+
+def _frame(rows: list[dict[str, str]]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(rows)
 
 
 def _readable(error: str) -> str:

@@ -5,13 +5,28 @@ makes the wrong answer, so that it can be told by name on any random case.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Answer = list[torch.Tensor]  # one per rank, float64
+
+
+class PerRank(list[Any]):
+    """An argument of which each rank is handed its own element; the reference gets them all."""
+
+
+class Traffic(NamedTuple):
+    """What was counted on one rank in one case: calls of each operation, and the bytes that this rank sent.
+
+    overwritten: a tensor was changed after it was handed to `send`, before this rank's next `recv` had ended.
+    """
+
+    calls: Mapping[str, int]
+    wire_bytes: int
+    overwritten: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Exercise:
         unit: what numbers are shown in, and how large that is.
         tolerance: relative to the largest right number.
         join: puts the values of all ranks into a form that doesn't depend on choices which the learner is free to make.
-        rule: from the number of collectives that a rank took part in to what is wrong with it, if anything.
+        rule: from a case, and what was counted on one rank, to what is wrong with the way to a right answer, if anything.
         gpus: with fewer on this machine, the exercise is "blocked".
     """
 
@@ -62,7 +77,7 @@ class Exercise:
     unit: tuple[str, float] = ("", 1.0)
     tolerance: float = 0.02
     join: Callable[[Answer], Answer] = lambda values: values
-    rule: Callable[[int], str] = lambda collectives: ""
+    rule: Callable[[Case, Traffic], str] = lambda case, traffic: ""
     gpus: int = 0
 
     def answers(self, make: Callable[..., Any], case: Case) -> Answer:

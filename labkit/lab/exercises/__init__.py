@@ -3,9 +3,11 @@
 import difflib
 
 from labkit.lab.exercise import Exercise
-from labkit.lab.exercises import memory, tensor
+from labkit.lab.exercises import communication, memory, tensor
 
-EXERCISES: dict[str, Exercise] = {exercise.name: exercise for exercise in (*memory.EXERCISES, *tensor.EXERCISES)}
+EXERCISES: dict[str, Exercise] = {
+    exercise.name: exercise for exercise in (*memory.EXERCISES, *tensor.EXERCISES, *communication.EXERCISES)
+}
 
 
 def find(name: str) -> Exercise:

@@ -36,6 +36,12 @@ class Shape:
     def __str__(self) -> str:
         return f"{self.layers} layers of {self.hidden}, {self.heads} heads, {self.kv_heads} KV heads, {self.bytes_per_param} B"
 
+    def config(self) -> tuple[ModelConfig, torch.dtype]:
+        """What the engine makes a decoder of."""
+        sizes = asdict(self)
+        dtype = _DTYPES[sizes.pop("bytes_per_param")]
+        return replace(_BASE, **sizes), dtype
+
 
 LLAMA_70B = Shape(80, 8192, 28672, 64, 8, 128, 32000, False, 2)
 
@@ -43,8 +49,7 @@ LLAMA_70B = Shape(80, 8192, 28672, 64, 8, 128, 32000, False, 2)
 @lru_cache(maxsize=256)
 def counted(model: Shape, tp: int, context: int = 1, batch: int = 1) -> tuple[int, int]:
     """(bytes of weights, bytes of KV cache) on the fullest of `tp` ranks, in the decoder that the engine would make."""
-    sizes = asdict(model)
-    dtype = _DTYPES[sizes.pop("bytes_per_param")]
+    config, dtype = model.config()
     layout, device = Layout(tp=tp), torch.device("meta")
     weights, kv = [], []
     for rank in range(tp):
@@ -53,7 +58,7 @@ def counted(model: Shape, tp: int, context: int = 1, batch: int = 1) -> tuple[in
             layout=layout, device=device, pp_rank=0, tp_rank=rank, size=lambda axis: getattr(layout, axis)
         )
         comm: Any = SimpleNamespace(mesh=mesh, device=device)
-        decoder = Decoder(replace(_BASE, **sizes), comm, dtype)
+        decoder = Decoder(config, comm, dtype)
         weights.append(decoder.weights_bytes)
         kv.append(decoder.cache(batch, context).bytes)
     return max(weights), max(kv)

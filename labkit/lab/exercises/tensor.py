@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from labkit import split
-from labkit.lab.exercise import Answer, Case, Exercise, Misconception
+from labkit.lab.exercise import Answer, Case, Exercise, Misconception, Traffic
 
 Parts = list[torch.Tensor]  # one per rank
 
@@ -76,11 +76,11 @@ COLUMN = Exercise(
 )  # fmt: skip
 
 
-def _talked(collectives: int) -> str:
+def _talked(case: Case, traffic: Traffic) -> str:
     alone = (
         "the numbers are right, but no rank talked to another: each computed the whole product, which saves nothing."
     )
-    return "" if collectives else alone
+    return "" if traffic.calls else alone
 
 
 ROW = Exercise(
