@@ -7,17 +7,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-LAYOUTS = {"one rank": [], "TP=2": ["--tp", "2"]}
+NAMES = {"one rank": "one rank", "sockets alone": "TP=2, sockets", "layout": "TP=2, shared memory"}
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    rows = {}
-    for name, options in LAYOUTS.items():
-        command = [sys.executable, "-m", "labkit", "bench", "decode", "--threads", "1", "--json", *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        rows[name] = json.loads(done.stdout)["results"][0]
-    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    command = [sys.executable, "-m", "labkit", "bench", "decode", "--tp", "2", "--compare", "--threads", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {row["name"]: row for row in json.loads(done.stdout)["results"]}
+    rows = {shown: found[name] for name, shown in NAMES.items()}
+    figure, axes = plt.subplots(figsize=(7, 2.8), layout="constrained")
     for name, row in rows.items():
         comm = max(rank["decode_comm_ms_per_token"] for rank in row["ranks"])
         axes.barh(name, row["tpot_ms"] - comm, color="#0072B2", label="computing")
@@ -29,7 +28,7 @@ def main() -> None:
     axes.set_xlim(0, max(row["tpot_ms"] for row in rows.values()) * 1.75)
     axes.set_xlabel("ms per output token, median of 5 runs (their range)")
     one = rows["one rank"]
-    axes.set_title(f"SmolLM2-135M, batch 1, {one['dtype']}, one thread per rank\n{one['hardware']}, gloo", fontsize=10)
+    axes.set_title(f"SmolLM2-135M, batch 1, {one['dtype']}, one thread per rank\n{one['hardware']}", fontsize=10)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[:2], labels[:2], loc="outside lower right", ncols=2, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

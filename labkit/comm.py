@@ -2,8 +2,8 @@
 
 `Comm` is the only caller of torch.distributed's operations. It counts each one (operation, axis, phase, what it carries,
 calls, payload and wire bytes, time), numbers them, and says in plain words which operation failed, and on whom it waited.
-Collectives among the CPU ranks of one host go through shared memory where there is some (`labkit.shm`). It knows nothing
-of models.
+Collectives among the ranks of one host go through memory that they share where they can (`labkit.shm`, `labkit.symmetric`).
+It knows nothing of models.
 
 payload = bytes of the tensor that this rank hands in. wire = bytes that this rank sends, for the bandwidth-optimal (ring)
 algorithm: all-reduce 2(n-1)/n, reduce-scatter (n-1)/n, all-gather (n-1) times the payload (Thakur et al. 2005,
@@ -20,9 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from labkit import shm
 from labkit.links import Link
 from labkit.mesh import Mesh
+from labkit.shm import SharedMemory
+from labkit.symmetric import SymmetricMemory
 
 # torch 2.13 renamed these two; 2.11 has only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -110,7 +111,7 @@ class Comm:
         meter: count operations (`tallies`); off, the cost is one test per call.
         timed: also time them; off for fake tensors, where there is no clock to read.
         board: where to write what is being waited for.
-        shared: by axis, the shared memory of a group that is on one host (`labkit.shm.join`).
+        shared: by axis, the memory that a group on one host shares (`labkit.shm.join`, on GPUs `labkit.symmetric.join`).
         link: a slow link to imitate in software: each operation takes at least the time that its wire bytes would.
     """
 
@@ -121,7 +122,7 @@ class Comm:
         meter: bool = True,
         timed: bool = True,
         board: Board | None = None,
-        shared: Mapping[str, shm.SharedMemory] | None = None,
+        shared: Mapping[str, SharedMemory | SymmetricMemory] | None = None,
         link: Link | None = None,
     ) -> None:
         self.mesh = mesh
@@ -147,7 +148,7 @@ class Comm:
         if n == 1:
             return x
         y = self._stage(x)
-        shared = self._shared(axis, y, y.dtype)
+        shared = self._shared("all_reduce", axis, y)
         wire = 2 * (n - 1) * y.nbytes // n
 
         def reduce(group: dist.ProcessGroup | None) -> None:
@@ -162,7 +163,7 @@ class Comm:
     def all_reduce_start(self, x: torch.Tensor, axis: str = "world", what: str = "") -> Pending:
         """`all_reduce` that goes on while this rank works. Through shared memory the rank has to do it itself, at once."""
         n = self.mesh.size(axis)
-        if n == 1 or self._shared(axis, x, x.dtype):
+        if n == 1 or self._shared("all_reduce", axis, x):
             self.all_reduce(x, axis, what)
             return Pending(lambda: x)
         y = self._stage(x)
@@ -180,7 +181,7 @@ class Comm:
             return x.unsqueeze(0)
         y = self._stage(x).contiguous()
         out = torch.empty((n, *y.shape), dtype=y.dtype, device=y.device)
-        shared = self._shared(axis, y)
+        shared = self._shared("all_gather", axis, y)
 
         def gather(group: dist.ProcessGroup | None) -> None:
             if shared:
@@ -200,7 +201,7 @@ class Comm:
             raise ValueError(f"reduce_scatter of {x.shape[0]} rows over {n} ranks: rows must be a multiple of {n}")
         y = self._stage(x)
         out = torch.empty((x.shape[0] // n, *x.shape[1:]), dtype=y.dtype, device=y.device)
-        shared = self._shared(axis, y, y.dtype)
+        shared = self._shared("reduce_scatter", axis, y)
 
         def reduce(group: dist.ProcessGroup | None) -> None:
             if shared:
@@ -220,7 +221,7 @@ class Comm:
         y = self._stage(x)
         out = torch.empty((sum(recv_rows), *x.shape[1:]), dtype=y.dtype, device=y.device)
         wire = y.nbytes // max(len(x), 1) * (sum(send_rows) - send_rows[self.mesh.index(axis)])
-        shared = self._shared(axis, y)
+        shared = self._shared("all_to_all", axis, y)
 
         def exchange(group: dist.ProcessGroup | None) -> None:
             if shared:
@@ -322,10 +323,10 @@ class Comm:
             )
         return x.cpu() if self._staged else x
 
-    def _shared(self, axis: str, x: torch.Tensor, summed: torch.dtype | None = None) -> shm.SharedMemory | None:
-        """The shared memory of `axis`, if it takes `x`: alike on all ranks of the group."""
+    def _shared(self, op: str, axis: str, x: torch.Tensor) -> Any:
+        """What memory `axis` shares, if that does `op` on `x`: alike on all ranks of the group."""
         shared = self.shared.get(axis)
-        return shared if shared and (summed is None or summed in shm.DTYPES) and x.is_contiguous() else None
+        return shared if shared and shared.takes(op, x) else None
 
     def _begin(
         self, op: str, axis: str, what: str, payload: int, wire: int,

@@ -53,7 +53,7 @@ def join(mesh: Mesh, host: str, timeout: float, *, patient: bool) -> "dict[str, 
     lib = library()
     axes = [axis for axis in ("tp", "pp", "dp", "world") if mesh.size(axis) > 1]
     owned: dict[str, tuple[int, bytes, str]] = {}  # fd, a secret that proves the file to be the right one, its path
-    if lib and mesh.device.type == "cpu":
+    if lib:
         for axis in axes:
             if mesh.index(axis) == 0:  # a file without a name: it ends with the last process that holds it
                 fd, token = os.memfd_create("labkit"), secrets.token_bytes(16)
@@ -111,6 +111,10 @@ class SharedMemory:
     def __init__(self, lib: ctypes.CDLL, handle: int, peers: list[int], timeout: float) -> None:
         self._lib, self._handle, self._peers, self._timeout = lib, handle, peers, timeout
         self._sizes = ctypes.c_int64 * len(peers)
+
+    def takes(self, op: str, x: torch.Tensor) -> bool:
+        """Whether it does `op` ("all_reduce", ...) on `x`."""
+        return op in _OPS.values() and (x.dtype in DTYPES or "reduce" not in op) and x.is_contiguous()
 
     def all_reduce(self, x: torch.Tensor, one_shot: int = ONE_SHOT) -> None:
         """Sum over the ranks, in place, added up in rank order (bfloat16 in float32)."""

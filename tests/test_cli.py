@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from labkit.cli import main
+from labkit.shm import library
 
 REPORT = {
     "layout", "hardware", "backend", "dtype", "threads_per_rank", "oversubscribed", "tokens_per_s", "ttft_ms", "tpot_ms",
@@ -16,6 +17,7 @@ REPORT = {
 RANK = {"rank", "stage", "weights_bytes", "bytes_read", "kv_bytes", "peak_rss_bytes"}
 COMM = {
     "op", "axis", "phase", "what", "calls_per_token", "payload_bytes_per_token", "wire_bytes_per_token", "ms_per_token",
+    "hidden_ms_per_token",
 }  # fmt: skip
 
 
@@ -71,6 +73,63 @@ def test_bench_decode() -> None:
     assert row["weights_gb_per_s"] > 0
 
 
+def test_bench_decode_compares_with_sockets_and_one_rank() -> None:
+    done = labkit(
+        "bench", "decode", "--model", "random:smollm2-135m", "--tp", "2", "--tokens", "4", "--prompt", "4",
+        "--repeats", "1", "--compare", "--json",
+    )  # fmt: skip
+    rows = json.loads(done.stdout)["results"]
+    assert [row["name"] for row in rows] == ["layout", "sockets alone", "one rank"]
+    assert [row["layout"]["tp"] for row in rows] == [2, 2, 1]
+    assert [bool(row["ranks"][0]["shared_memory"]) for row in rows] == [library() is not None, False, False]
+    assert rows[2]["speedup"] == 1 and rows[2]["comm_share"] == 0 and 0 < rows[0]["comm_share"] < 1
+    assert {row["threads_per_rank"] for row in rows} == {rows[0]["threads_per_rank"]}
+
+
+def test_bench_prefill_over_a_link_compares_tp_with_pp() -> None:
+    done = labkit(
+        "bench", "prefill", "--model", "random:smollm2-135m", "--tp", "2", "--batch", "2", "--prompt", "8", "--step", "8",
+        "--repeats", "1", "--link", "200mbit", "--compare", "--json",
+    )  # fmt: skip
+    rows = json.loads(done.stdout)["results"]
+    assert [row["name"] for row in rows] == ["TP=2, no link", "PP=2, no link", "TP=2, 200mbit", "PP=2, 200mbit"]
+    assert all(row["same_tokens"] and row["prompt_tokens_per_s"] > 0 for row in rows)
+    assert [row["link"] and row["link"]["asked_gbit_per_s"] for row in rows] == [None, None, 0.2, 0.2]
+    assert 0 < rows[2]["link"]["measured_gbit_per_s"] <= 0.21
+
+
+def test_bench_overlap_has_a_row_for_each_link_and_mode() -> None:
+    done = labkit(
+        "bench", "overlap", "--model", "random:smollm2-135m", "--batch", "2", "--prompt", "8", "--repeats", "1",
+        "--link", "200mbit", "--link", "1gbit", "--json",
+    )  # fmt: skip
+    rows = json.loads(done.stdout)["results"]
+    assert [row["overlap"] for row in rows] == ["none", "chunks", "two-batch"] * 2
+    assert [row["gain"] for row in rows][::3] == [1, 1]
+    assert all(row["same_tokens"] for row in rows)
+    assert [row["hidden_ms"] > 0 for row in rows] == [False, True, True] * 2
+
+
+def test_bench_collectives_writes_rows_and_a_picture(tmp_path: Path) -> None:
+    csv, plot = tmp_path / "rows.csv", tmp_path / "plot.png"
+    done = labkit(
+        "bench", "collectives", "--ranks", "2", "--largest", "2048", "--seconds", "0.002", "--ops", "all_reduce,ring",
+        "--csv", str(csv), "--plot", str(plot), "--json",
+    )  # fmt: skip
+    result = json.loads(done.stdout)
+    assert {row["op"] for row in result["results"]} == {"all_reduce", "ring"}
+    assert {"alpha_us", "held_out"} <= result["fits"][0].keys()
+    assert len(csv.read_text().splitlines()) == 1 + len(result["results"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_writes_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    labkit("generate", "The tide", "--tp", "2", "--max-tokens", "2", "--trace", str(path), "--json")
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {e["name"] for e in events if e["ph"] == "X"} >= {"compute", "tp: decode all_reduce mlp"}
+
+
 def test_doctor() -> None:
     result = json.loads(labkit("doctor", "--json").stdout)
     assert all(check["ok"] for check in result["checks"]), result["checks"]
@@ -96,6 +155,10 @@ def test_doctor_says_what_fails_and_how_to_mend_it(monkeypatch: pytest.MonkeyPat
         (["generate", "hello", "--ep"], 1, "has no experts"),
         (["generate"], 2, "Missing argument"),
         (["bench", "decode", "--tokens", "1"], 2, "tokens=1"),
+        (["bench", "prefill", "--tp", "2", "--compare"], 2, "give a link"),
+        (["bench", "collectives", "--ops", "allreduce"], 2, "no operation 'allreduce'"),
+        (["generate", "hello", "--link", "fast"], 2, "link 'fast'"),
+        (["generate", "hello", "--overlap", "both"], 2, "overlap='both'"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_without_a_traceback(

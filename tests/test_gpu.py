@@ -4,6 +4,8 @@ import pytest
 import torch
 from test_serving import GREEDY, llm_of
 
+from labkit import run
+from labkit.comm import Comm
 from labkit.mesh import Layout, pick_backend
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -29,3 +31,18 @@ def test_greedy_tokens_on_gpus(layout: Layout, share: bool, questions_and_answer
     assert report["backend"] == pick_backend(layout.world)[0] == ("gloo" if share else "nccl")
     assert [o.outputs[0].token_ids for o in outputs] == expected
     assert layout.world == 1 or all(entry["ms_per_token"] > 0 for entry in report["comm"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs; none or one here")
+def test_symmetric_memory_adds_up_as_nccl_does() -> None:
+    def sums(comm: Comm) -> tuple[bool, list[bool]]:
+        same = []
+        for n in (4, 576, 8192):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.arange(n, device=comm.device).to(dtype) % 97 + comm.rank
+                same.append(torch.equal(comm.all_reduce(x.clone(), "tp"), 2 * (x - comm.rank) + 1))
+        return "tp" in comm.shared, same
+
+    for joined, same in run(sums, 2):
+        assert joined and all(same)

