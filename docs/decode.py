@@ -12,7 +12,8 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    command = [sys.executable, "-m", "labkit", "bench", "decode", "--tp", "2", "--compare", "--threads", "1", "--json"]
+    command = [sys.executable, "-m", "labkit", "bench", "decode", "--tp", "2", "--compare", "--threads", "1",
+               "--dtype", "float32", "--json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = {row["name"]: row for row in json.loads(done.stdout)["results"]}
     rows = {shown: found[name] for name, shown in NAMES.items()}

@@ -173,7 +173,7 @@ def bench_prefill(
     ep: Ep = False,
     batch: Batch = 4,
     prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 512,
-    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass")] = 512,
+    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass; a prompt is never split")] = 512,
     repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 3,
     threads: Threads = None,
     link: LinkRate = None,

@@ -67,7 +67,8 @@ class Board(Protocol):
 class Event(NamedTuple):
     """One operation on this rank's clock, for a trace; times in seconds (time.perf_counter, one clock for all of a host).
 
-    kind: "call" (the rank was inside it all the time), "flight" (it went on beside the rank's work) or "wait" (for a flight).
+    kind: "call" (the rank was inside it all the time), "flight" (it went on beside the rank's work), "start" of one or "wait" for
+    its end.
     """
 
     kind: str
@@ -138,6 +139,7 @@ class Comm:
         self._on_device = mesh.backend == "nccl"
         self._on_cpu = mesh.device.type == "cpu"
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._hidden_until = 0.0  # up to when time has been counted as hidden
         self._link_free = 0.0  # when an imitated link has carried all that it was given
 
     # -- collectives ---------------------------------------------------------------------------------------------------
@@ -353,7 +355,10 @@ class Comm:
             if watched:
                 landed = max(due, ended[0] if ended else time.perf_counter())
                 tally = self.tallies.setdefault((op, axis, self.phase, what), Tally())
-                tally.hidden_seconds += max(0.0, min(waiting, landed) - started)
+                # Of flights that are under way together, each moment counts once.
+                hidden_from, hidden_to = max(started, self._hidden_until), min(waiting, landed)
+                tally.hidden_seconds += max(0.0, hidden_to - hidden_from)
+                self._hidden_until = max(self._hidden_until, hidden_to)
                 if self.events is not None:
                     self.events.append(Event("flight", op, axis, self.phase, what, began, landed))
             return result()

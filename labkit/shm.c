@@ -5,8 +5,8 @@
    Slots take turns: whoever writes a slot again has since waited once for everybody, so everybody has finished reading it.
    Longer messages go in chunks of a slot. Sums are taken in rank order, in at least float32, so all ranks get the same bits.
 
-   Publishing is a release, seeing it an acquire, in C11's terms: right on Arm as on x86. Waiting spins (briefly, if
-   there are more ranks than cores), then gives up the core, then sleeps. It knows nothing of Python or torch.
+   Publishing is a release, seeing it an acquire, in C11's terms: right on Arm as on x86. Waiting spins, then
+   gives up the core, then sleeps: who has slept is let back in first on a busy core, who has spun is not. It knows nothing of Python or torch.
 
    Every operation returns 0, r + 1 if rank r did not come in time, or -(r + 1) if rank r is in another operation. */
 
@@ -17,9 +17,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <time.h>
 
-enum { YIELD = 1000, LINE = 128, MAX_RANKS = 64, BLOCK = 1024 };
+enum { LINE = 128, MAX_RANKS = 64, BLOCK = 1024 };
 enum { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL }; /* also in shm.py */
 
 typedef struct {
@@ -34,7 +35,7 @@ typedef struct {
     size_t slot; /* bytes */
     uint64_t phase;
     double timeout; /* seconds */
-    int spin;
+    int spins, yields; /* looks at a flag before the core is given up, and before sleeping */
 } Group;
 
 static Control *control(const Group *g, int rank) { return (Control *)g->memory + rank; }
@@ -46,12 +47,13 @@ static char *slot(const Group *g, int rank) {
 size_t labkit_size(int n, size_t slot_bytes) { return n * (sizeof(Control) + 2 * slot_bytes); }
 
 /* `fd` is a file of labkit_size() zero bytes; slot_bytes a multiple of 64 n. NULL if it can't be mapped. */
-Group *labkit_open(int fd, int n, int me, size_t slot_bytes, double timeout, int spin) {
+Group *labkit_open(int fd, int n, int me, size_t slot_bytes, double timeout, int spins, int yields) {
     if (n > MAX_RANKS) return NULL;
     void *memory = mmap(NULL, labkit_size(n, slot_bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (memory == MAP_FAILED) return NULL;
     Group *g = calloc(1, sizeof *g);
-    if (g) *g = (Group){memory, n, me, 0, slot_bytes, 0, timeout, spin};
+    if (g) *g = (Group){memory, n, me, 0, slot_bytes, 0, timeout, spins, yields};
+    prctl(PR_SET_TIMERSLACK, 1); /* ns: sleep no longer than asked for */
     return g;
 }
 
@@ -79,16 +81,14 @@ static int here(const Group *g, int rank) {
 }
 
 static int wait_for(const Group *g, int rank) {
-    for (int i = 0; i < g->spin; i++, relax())
+    for (int i = 0; i < g->spins; i++, relax())
+        if (here(g, rank)) return 0;
+    for (int i = 0; i < g->yields; i++, sched_yield())
         if (here(g, rank)) return 0;
     double began = now();
-    for (unsigned i = 1; !here(g, rank); i++) {
-        if (i < YIELD) {
-            sched_yield();
-        } else {
-            nanosleep(&(struct timespec){0, 20000}, NULL);
-            if (i % 64 == 0 && now() - began > g->timeout) return rank + 1;
-        }
+    while (!here(g, rank)) {
+        if (now() - began > g->timeout) return rank + 1;
+        nanosleep(&(struct timespec){0, 20000}, NULL);
     }
     return 0;
 }

@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from labkit.mesh import Mesh
 
-SPIN = 20, 4000  # looks at a flag before giving up the core: with more ranks than cores, and with a core each
+# How often to look at a flag before the core is given up, and then before sleeping.
+CROWDED = 20, 1000  # more ranks than cores: the one that is waited for may need this core
+ALONE = 4000, 0  # a core each: some 100 us
 SLOT = 256 * 1024  # bytes of one message's chunk: two slots of each rank stay in a core's second-level cache
 ONE_SHOT = 16 * 1024  # bytes up to which each rank adds up everything itself: one meeting instead of two
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64)  # order: shm.c
@@ -33,7 +35,7 @@ def library() -> ctypes.CDLL | None:
     lib = ctypes.CDLL(spec.origin)
     p, i, n, d = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_double
     for name, result, args in (
-        ("size", n, (i, n)), ("open", p, (i, i, i, n, d, i)), ("tag", ctypes.c_uint64, (p, i)),
+        ("size", n, (i, n)), ("open", p, (i, i, i, n, d, i, i)), ("tag", ctypes.c_uint64, (p, i)),
         ("all_reduce", i, (p, p, n, i, n)), ("all_gather", i, (p, p, p, n)),
         ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, p, p, ctypes.c_uint64)),
     ):  # fmt: skip
@@ -42,13 +44,13 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-def join(mesh: Mesh, host: str, timeout: float, *, patient: bool) -> "dict[str, SharedMemory]":
+def join(mesh: Mesh, host: str, timeout: float, *, alone: bool) -> "dict[str, SharedMemory]":
     """For each axis of `mesh` whose ranks all are on one host: their shared memory. Collective: every rank calls it once.
 
     Args:
         host: ranks with equal names can share memory, as far as this rank knows.
         timeout: seconds that an operation may wait.
-        patient: each rank has a core of its own, so it may keep it while it waits.
+        alone: each rank has a core of its own.
     """
     lib = library()
     axes = [axis for axis in ("tp", "pp", "dp", "world") if mesh.size(axis) > 1]
@@ -65,7 +67,7 @@ def join(mesh: Mesh, host: str, timeout: float, *, patient: bool) -> "dict[str, 
     for axis in axes:
         peers = [offers[rank] for rank in mesh.peers(axis)]
         if peers[0][2] and all(able and where == host for able, where, _ in peers):
-            memory = _open(mesh, axis, peers[0][2][axis], timeout, SPIN[patient])
+            memory = _open(mesh, axis, peers[0][2][axis], timeout, ALONE if alone else CROWDED)
             if memory:
                 joined[axis] = memory
     able = _gather(mesh, set(joined))  # if one of a group could not open it, none uses it
@@ -85,7 +87,9 @@ def _slot(n: int) -> int:
     return SLOT // (64 * n) * 64 * n
 
 
-def _open(mesh: Mesh, axis: str, offer: tuple[bytes, str], timeout: float, spin: int) -> "SharedMemory | None":
+def _open(
+    mesh: Mesh, axis: str, offer: tuple[bytes, str], timeout: float, looks: tuple[int, int]
+) -> "SharedMemory | None":
     token, path = offer
     try:
         fd = os.open(path, os.O_RDWR)
@@ -96,7 +100,7 @@ def _open(mesh: Mesh, axis: str, offer: tuple[bytes, str], timeout: float, spin:
             return None
         lib = library()
         n, me = mesh.size(axis), mesh.index(axis)
-        handle = lib and lib.labkit_open(fd, n, me, _slot(n), timeout, spin)
+        handle = lib and lib.labkit_open(fd, n, me, _slot(n), timeout, *looks)
         return SharedMemory(lib, handle, mesh.peers(axis), timeout) if lib and handle else None
     finally:
         os.close(fd)

@@ -195,5 +195,32 @@ def gantt(trace: Sequence[Span], start_ms: float = 0.0, stop_ms: float | None = 
     return picture
 
 
+def gains(
+    links: Sequence[str], measured: Mapping[str, Sequence[float]], limits: Mapping[str, Sequence[float]]
+) -> Picture:
+    """How many times as fast as without overlap, over links: marks for what was `measured`, dashed lines for `limits`."""
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"{gain:.2f} at {link}" for link, gain in zip(links, values, strict=True))
+        for name, values in {**limits, **measured}.items()
+    )
+    picture = Picture(f"Gain of overlap over the link's rate. {said}.", (7, 3.2))
+    ax = picture.subplots()
+    for i, (name, values) in enumerate(limits.items()):
+        ax.plot(
+            range(len(links)), values, ("--", ":")[i % 2], color=_GREYS[i % 2], marker="_", markersize=14, label=name
+        )
+    for i, (name, values) in enumerate(measured.items()):
+        beside = (i - (len(measured) - 1) / 2) * 0.1  # equal gains stay visible
+        at = [x + beside for x in range(len(links))]
+        ax.plot(at, values, "osD^"[i % 4], color=COLOURS[(5, 6, 2, 3)[i % 4]], markersize=8, label=f"{name}, measured")
+    ax.axhline(1.0, color="black", linewidth=0.8)
+    ax.set(ylabel="gain (1: none)", xlabel="link", title="How many times as fast as without overlap")
+    ax.set_xticks(range(len(links)), links)
+    ax.margins(x=0.15, y=0.12)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _bare(ax)
+    return picture
+
+
 def _bare(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)

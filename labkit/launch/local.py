@@ -80,7 +80,8 @@ class RankGroup:
         collective_timeout: seconds that an operation between ranks may wait. start_timeout: that ranks may need to be up.
         meter: count operations. shared_memory: use it between the ranks, not sockets alone.
         overlap: operations are to go on while the ranks compute.
-        link: one to emulate between CPU ranks: by the kernel, or where it refuses, or LABKIT_LINKS=software is set, by waiting.
+        link: one to emulate between CPU ranks, as "1gbit": by the kernel, or where it refuses, or LABKIT_LINKS=software is set,
+            by waiting.
 
     Attributes:
         link_label: the link, how it is emulated, and why not by the kernel; for figures and tables. Empty without one.
@@ -102,7 +103,7 @@ class RankGroup:
         meter: bool = True,
         shared_memory: bool = True,
         overlap: bool = False,
-        link: Link | None = None,
+        link: Link | str | None = None,
     ) -> None:
         if not isinstance(ranks, int) or ranks < 1:
             raise ValueError(f"ranks={ranks!r}: use 1 or more")
@@ -113,6 +114,7 @@ class RankGroup:
             work = cloudpickle.dumps((fn, args))
         except Exception as error:  # whatever a __reduce__ raises
             raise TypeError(f"{fn!r} and its arguments cannot be sent to ranks: {error}") from error
+        link = Link.parse(link) if isinstance(link, str) else link
         network, self.link_label = _emulate(link, ranks)
         self.ranks = ranks
         self._inbox: deque[tuple[int, Any]] = deque()
@@ -326,7 +328,8 @@ def run(
     threads: int | None = None,
     collective_timeout: float = 10.0,
     shared_memory: bool = True,
-    link: Link | None = None,
+    overlap: bool = False,
+    link: Link | str | None = None,
 ) -> list[Any]:
     """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order (tensors as copies).
 
@@ -335,14 +338,14 @@ def run(
         ranks: how many (default: what `layout` needs, else 2). layout: their grid (default: one tensor-parallel group).
         timeout: seconds for all of it, from when the ranks are up. collective_timeout: for one operation between ranks.
         threads: torch threads of each (default: the cores shared out). shared_memory: use it between the ranks.
-        link: one to emulate between them, as RankGroup does.
+        overlap: operations are to go on while the ranks compute. link: one to emulate between them, as RankGroup does.
 
     Raises RankError when a rank raises, dies, or does not finish in time; otherwise as RankGroup does.
     """
     ranks = ranks if ranks is not None else layout.world if layout else 2
     with RankGroup(
         _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout,
-        shared_memory=shared_memory, link=link,
+        shared_memory=shared_memory, overlap=overlap, link=link,
     ) as group:  # fmt: skip
         group._until(lambda: len(group._inbox) == ranks, timeout, f"not finished after {timeout:g} s")
         values = dict(group._inbox)

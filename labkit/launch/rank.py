@@ -278,7 +278,7 @@ def _join(wiring: Wiring, group: dict[str, Any], board: Board | None) -> Comm:
         shared = symmetric.join(mesh)
     elif wiring.shared_memory and kind == "cpu":
         host = f"{_host()} {here // link.ranks_per_host}" if link else _host()
-        shared = shm.join(mesh, host, wiring.timeout, patient=ranks_here <= len(cores))
+        shared = shm.join(mesh, host, wiring.timeout, alone=ranks_here <= len(cores))
     return Comm(mesh, meter=wiring.meter, board=board, shared=shared, link=link)
 
 

@@ -37,7 +37,8 @@ def sweep(
 
     Args:
         ops: of `OPS`, or "ring", "one-shot", "two-shot" (`labkit.parallel.all_reduce`).
-        paths: "shared memory" and "sockets". Sends and broadcasts always take the sockets, and so does all with a link.
+        paths: "shared memory" and "sockets" (between GPUs symmetric memory, and NCCL under its own name). Sends
+            and broadcasts always take the sockets, and so does all with a link.
         seconds: how long to repeat each point, after a warm-up; at least 7 calls.
 
     Returns a row for each point: op, ranks, path, bytes, calls, median_us, p95_us, algbw_gb_s, busbw_gb_s, oversubscribed,
@@ -57,16 +58,16 @@ def sweep(
                 _measure, n, args=(those, tuple(sizes), seconds, link), threads=1, link=link,
                 shared_memory=path == "shared memory", collective_timeout=60,
             ) as group:  # fmt: skip
-                for row in group.receive()[1]:
-                    if row["path"] == path:  # no shared memory on this machine: nothing to show
-                        rows.append(row | {"link": group.link_label})
+                for row in group.receive()[1]:  # without shared memory there is nothing to show of it
+                    if (row["path"] == PATHS[0]) == (path == PATHS[0]):
+                        rows.append(row | {"oversubscribed": oversubscribed(n), "link": group.link_label})
     return pd.DataFrame(rows)
 
 
 def _measure(comm: Comm, channel: Any, ops: Sequence[str], sizes: Sequence[int], seconds: float, link: Any) -> None:
     """On each rank: all points; rank 0 sends the rows."""
     n, rows = comm.world_size, []
-    path = PATHS[0 if "world" in comm.shared else 1]
+    path = PATHS[0] if "tp" in comm.shared else "NCCL" if comm.mesh.backend == "nccl" else PATHS[1]
     rate = measured_gbit(comm, megabytes=4) if link else None
     for op in ops:
         for size in sizes:
@@ -77,7 +78,7 @@ def _measure(comm: Comm, channel: Any, ops: Sequence[str], sizes: Sequence[int],
             rows.append({
                 "op": op, "ranks": n, "path": path, "bytes": size, "calls": len(times), "median_us": median * 1e6,
                 "p95_us": p95 * 1e6, "algbw_gb_s": size / median / 1e9, "busbw_gb_s": size / median / 1e9 * _BUS[op](n),
-                "oversubscribed": oversubscribed(n), "link_gbit_per_s": rate,
+                "link_gbit_per_s": rate,
             })  # fmt: skip
     if comm.rank == 0:
         channel.send(rows)
@@ -91,6 +92,8 @@ def _repeat(comm: Comm, call: Callable[[], Any], seconds: float) -> list[float]:
         for _ in range(calls):
             began = time.perf_counter()
             call()
+            if comm.device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
         return times
 
@@ -107,37 +110,37 @@ def _prepare(comm: Comm, op: str, size: int) -> tuple[Callable[[], Any], int]:
     device, count = comm.device, max(size // 4, n)  # float32
     if op == "all_reduce" or op in ALGORITHMS:
         x = torch.zeros(count, device=device)
-        return (lambda: comm.all_reduce(x)) if op == "all_reduce" else (lambda: ALGORITHMS[op](x, comm)), 1
+        return (lambda: comm.all_reduce(x, "tp")) if op == "all_reduce" else (lambda: ALGORITHMS[op](x, comm, "tp")), 1
     if op == "all_gather":
         part = torch.zeros(count // n, device=device)
-        return lambda: comm.all_gather(part), 1
+        return lambda: comm.all_gather(part, "tp"), 1
     if op == "reduce_scatter":
         whole = torch.zeros(count // n * n, device=device)
-        return lambda: comm.reduce_scatter(whole), 1
+        return lambda: comm.reduce_scatter(whole, "tp"), 1
     if op.startswith("all_to_all"):
         # Uneven: rank r sends its i-th neighbour a share that grows with i and with r, like experts of uneven popularity.
         share = [[1 + (i + r) % n if op.endswith("uneven") else 1 for i in range(n)] for r in range(n)]
         rows = [[count * s // sum(shares) for s in shares] for shares in share]
         sent, received = rows[me], [rows[r][me] for r in range(n)]
         x = torch.zeros(sum(sent), device=device)
-        return lambda: comm.all_to_all(x, sent, received), 1
+        return lambda: comm.all_to_all(x, sent, received, "tp"), 1
     x = torch.zeros(count, device=device)
     if op == "broadcast":  # from each rank in turn, or a source would run ahead of who receives
 
         def round_of_broadcasts() -> None:
             for source in range(n):
-                comm.broadcast(x, source)
+                comm.broadcast(x, source, "tp")
 
         return round_of_broadcasts, n
 
     def ping_pong() -> None:  # between ranks 0 and 1
         if me == 0:
-            comm.send(x, 1)
-            comm.recv(x, 1)
+            comm.send(x, 1, "tp")
+            comm.recv(x, 1, "tp")
             comm.flush()
         elif me == 1:
-            comm.recv(x, 0)
-            comm.send(x, 0)
+            comm.recv(x, 0, "tp")
+            comm.send(x, 0, "tp")
             comm.flush()
 
     return ping_pong, 2

@@ -56,11 +56,11 @@ def _all_here(rank: int, events: Sequence[Sequence[Event]], layout: Layout) -> I
     times: dict[tuple[int, str, bool], list[float]] = defaultdict(list)
     for r, theirs in enumerate(events):
         for event in theirs:
-            if event.kind == "call":
+            if event.kind == "call" or event.op == "send":
                 times[r, event.axis, event.op == "send"].append(event.began)
     seen: dict[tuple[str, bool], int] = defaultdict(int)
     for event in events[rank]:
-        if event.kind != "call" or event.op == "send":
+        if event.kind != "call":
             yield event.began
             continue
         received = event.op == "recv"

@@ -115,16 +115,15 @@ class Rotary:
         self.freq = freq
 
     def tables(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, (N, 1, head_dim) each: made once per step, used by every layer."""
-        angles = positions.float().unsqueeze(1) * self.freq
-        both = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return both.cos().to(dtype), both.sin().to(dtype)
+        """cos and signed sin for `rotate`, (N, 1, head_dim) each: made once per step, used by every layer."""
+        angles = (positions.float().unsqueeze(1) * self.freq).unsqueeze(1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates (N, heads, head_dim) by position; dimension i is paired with i + head_dim / 2."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -154,11 +153,11 @@ class Attention(nn.Module):
         """x (N, hidden) -> (N, hidden). Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
         d = self.cfg.head_dim
         n_q, n_kv = len(self.share.query), len(self.share.kv)
-        q, new_k, new_v = self.qkv(x).view(-1, n_q + 2 * n_kv, d).split((n_q, n_kv, n_kv), dim=1)
+        qk, new_v = self.qkv(x).view(-1, n_q + 2 * n_kv, d).split((n_q + n_kv, n_kv), dim=1)
         if self.cfg.qk_norm:
-            q = F.rms_norm(q, (d,), self.q_norm, self.cfg.rms_eps)
-            new_k = F.rms_norm(new_k, (d,), self.k_norm, self.cfg.rms_eps)
-        q, new_k = rotate(q, *rope), rotate(new_k, *rope)
+            norms = zip(qk.split((n_q, n_kv), dim=1), (self.q_norm, self.k_norm), strict=True)
+            qk = torch.cat([F.rms_norm(part, (d,), weight, self.cfg.rms_eps) for part, weight in norms], dim=1)
+        q, new_k = rotate(qk, *rope).split((n_q, n_kv), dim=1)
         k[batch.slots, batch.positions] = new_k
         v[batch.slots, batch.positions] = new_v
         # Fill up groups that this rank holds only in part, so that the heads are a grid of (kv heads, group).
