@@ -26,7 +26,7 @@ def main() -> None:
         label = f" {row['tpot_ms']:.0f} ms ({spread[0]:.0f}-{spread[-1]:.0f}), {comm / row['tpot_ms']:.0%} of it communication"
         axes.text(row["tpot_ms"], name, label, va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(row["tpot_ms"] for row in rows.values()) * 1.75)
+    axes.set_xlim(0, max(row["tpot_ms"] for row in rows.values()) * 2.1)
     axes.set_xlabel("ms per output token, median of 5 runs (their range)")
     one = rows["one rank"]
     axes.set_title(f"SmolLM2-135M, batch 1, {one['dtype']}, one thread per rank\n{one['hardware']}", fontsize=10)

@@ -201,7 +201,7 @@ def bench_overlap(
     repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 3,
     threads: Threads = None,
     link: Annotated[
-        list[str] | None, typer.Option(help="links to try; by default five, found by a measurement")
+        list[str] | None, typer.Option(help="links to try; by default four, found by a measurement")
     ] = None,
     as_json: Json = False,
 ) -> None:

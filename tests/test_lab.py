@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
+import pandas as pd
 import pytest
 import torch.nn.functional as F
 
@@ -19,6 +20,7 @@ from labkit.lab import lessons, plots
 from labkit.lab.check import MIME, check
 from labkit.lab.exercises import EXERCISES, memory
 from labkit.lab.predict_then import Prediction, _PredictThen
+from labkit.measure.trace import Span
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1)
@@ -371,7 +373,13 @@ def test_predict_then_compares_in_text_and_html_and_keeps_one_row_for_each_name(
 
 def test_every_figure_carries_alt_text_with_its_numbers():
     shares = split.heads(9, 3, 2)
+    sizes = pd.DataFrame({"op": "all_reduce", "path": "sockets", "ranks": 2, "bytes": [256, 512], "median_us": [3.0, 4.0],
+                          "p95_us": [5.0, 6.0]})  # fmt: skip
+    trace = [Span(0, "compute", "prefill", 0.0, 0.002), Span(0, "tp", "all_reduce", 0.002, 0.0025, flight=True)]
     figures = [
+        (plots.collectives(sizes, {"all_reduce": [(256, 2.0, 0.256)]}), "all_reduce: 3 us at 256 bytes, 4 us at 512"),
+        (plots.gantt(trace, title="one rank"), "rank 0: compute 2.0 ms."),
+        (plots.gains(["1gbit"], {"chunks": [1.5]}, {"bound": [2.0]}), "bound: 2.00 at 1gbit; chunks: 1.50 at 1gbit"),
         (plots.owners({"9 query heads": [s.query for s in shares]}), "rank 1 holds 5 to 8"),
         (plots.memory({"TP=2": [138e6, 131e6]}), "TP=2: 138.0, 131.0"),
         (plots.latency({"TP=1": {"weights": 20.0, "per layer": 5.0}}, {"TP=1": 26.0}), "predicted 25.0 ms"),

@@ -136,7 +136,7 @@ def overlap(
 ) -> list[Row]:  # fmt: skip
     """Prefill time with and without overlap over links of several rates.
 
-    links: as "1gbit"; by default five around the rate at which communication takes as long as computation, which is found
+    links: as "1gbit"; by default four around the rate at which communication takes as long as computation, which is found
     from one run through sockets without a link.
 
     Rows are `in_turns`'s, for each link and mode, with `gain` over mode "none" on the same link, and `comm_ms`, `hidden_ms`:
@@ -151,7 +151,7 @@ def overlap(
         computing = free["seconds"] - _comm_ms(free, "ms_per_token") / 1e3
         wire = sum(c["wire_bytes_per_token"] for c in free["comm"] if c["phase"] == "prefill") * batch * prompt
         balanced = wire * 8 / computing / 1e9
-        links = [str(Link(round(balanced * factor, 3))) for factor in (0.25, 0.5, 1, 2, 4)]
+        links = [str(Link(round(balanced * factor, 3))) for factor in (0.5, 1, 2, 8)]
     rows = []
     for link in links:
         group = in_turns(model, {mode: {"overlap": mode} for mode in modes}, repeats=repeats, link=link, **work)
