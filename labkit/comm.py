@@ -335,7 +335,7 @@ class Comm:
         start: Callable[[dist.ProcessGroup | None], dist.Work], result: Callable[[], torch.Tensor],
     ) -> Pending:  # fmt: skip
         """Starts an operation that goes on by itself; its tally learns when it ended, and for how long nobody waited."""
-        began = time.perf_counter()
+        phase, began = self.phase, time.perf_counter()
         work = self._do(op, axis, what, payload, wire, start, kind="start")
         started = time.perf_counter()
         due = self._due(axis, began, wire)
@@ -350,17 +350,19 @@ class Comm:
                 time.sleep(max(0.0, due - time.perf_counter()))
 
         def finish() -> torch.Tensor:
-            waiting = time.perf_counter()
+            waiting, later = time.perf_counter(), self.phase
+            self.phase = phase  # that of its start, whatever came after
             self._do(op, axis, what, 0, 0, land, kind="wait")
+            self.phase = later
             if watched:
                 landed = max(due, ended[0] if ended else time.perf_counter())
-                tally = self.tallies.setdefault((op, axis, self.phase, what), Tally())
+                tally = self.tallies.setdefault((op, axis, phase, what), Tally())
                 # Of flights that are under way together, each moment counts once.
                 hidden_from, hidden_to = max(started, self._hidden_until), min(waiting, landed)
                 tally.hidden_seconds += max(0.0, hidden_to - hidden_from)
                 self._hidden_until = max(self._hidden_until, hidden_to)
                 if self.events is not None:
-                    self.events.append(Event("flight", op, axis, self.phase, what, began, landed))
+                    self.events.append(Event("flight", op, axis, phase, what, began, landed))
             return result()
 
         return Pending(finish)
@@ -398,8 +400,12 @@ class Comm:
                 f"rank {self.rank}: {text} (its operation {self.number}) failed after "
                 f"{time.perf_counter() - began:.1f} s with rank(s) {others}: {str(error).splitlines()[0]}"
             ) from error
-        if self.link and kind in ("call", "recv"):
-            time.sleep(max(0.0, self._due(axis, began, wire) - time.perf_counter()))
+        if self.link and kind in (
+            "call",
+            "recv",
+        ):  # what is received sets out when it is there, or earlier: nobody knows
+            sets_out = began if kind == "call" else time.perf_counter()
+            time.sleep(max(0.0, self._due(axis, sets_out, wire) - time.perf_counter()))
         if self.meter and kind != "uncounted":
             self._count(op, axis, what, payload, wire, kind, began)
             if on_device:
@@ -422,9 +428,8 @@ class Comm:
             ended = time.perf_counter()
             tally.host_seconds += ended - began
             if self.events is not None:
-                self.events.append(
-                    Event("wait" if kind == "wait" else "call", op, axis, self.phase, what, began, ended)
-                )
+                kind = "call" if kind == "recv" else kind
+                self.events.append(Event(kind, op, axis, self.phase, what, began, ended))
 
 
 @cache

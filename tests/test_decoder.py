@@ -34,7 +34,7 @@ def logits_of_all_families(comm: Comm, folders: dict[str, Path], mode: str = "no
 
 
 @torch.inference_mode()
-def _logits(comm: Comm, folder: Path, mode: str) -> list[torch.Tensor]:
+def _logits(comm: Comm, folder: Path, mode: str = "none") -> list[torch.Tensor]:
     decoder = Decoder(ModelConfig.read(folder), comm, torch.float32)
     fill(decoder.parameters(), Checkpoint(folder))
     cache = decoder.cache(slots=5, length=16)

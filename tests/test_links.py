@@ -167,6 +167,20 @@ def test_software_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert label_of(Link(1.0)) == "1 Gbit/s, software-emulated (LABKIT_LINKS=software)"
 
 
+def test_in_software_a_message_takes_its_time_from_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def passes_on(comm: Comm) -> float:
+        if comm.rank == 0:
+            time.sleep(0.5)  # the receiver has been waiting for longer than the message takes
+            comm.send(torch.zeros(25_000), 1)
+            return 0.0
+        began = time.monotonic()
+        comm.recv(torch.zeros(25_000), 0)
+        return time.monotonic() - began
+
+    monkeypatch.setenv("LABKIT_LINKS", "software")
+    assert run(passes_on, 2, link="2mbit")[1] >= 0.85  # 100 KB at 2 Mbit/s: 0.4 s, after some 0.5 s
+
+
 def test_latency_is_left_to_software() -> None:
     assert label_of(Link(0.2, 50.0)) == "200 Mbit/s + 50 us, software-emulated (tbf limits a rate and adds no latency)"
 

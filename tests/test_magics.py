@@ -30,6 +30,12 @@ def test_a_cell_runs_on_every_rank_with_the_notebooks_names(
     assert "[rank 0] here is 0 of 2 cpu" in seen and "[rank 1] tensor([12.])" in seen
 
 
+def test_a_cell_may_run_over_a_link(shell: InteractiveShell) -> None:
+    cell = "comm.all_reduce(torch.ones(1)).item(), 'tp' in comm.shared"
+    assert shell.run_cell(f"%%ranks 2 --link 1gbit -> values\n{cell}").success
+    assert shell.user_ns["values"] == [(2.0, False)] * 2  # hosts of their own share no memory
+
+
 def test_an_error_shows_the_cells_line_and_nothing_of_ours(
     shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
 ) -> None:

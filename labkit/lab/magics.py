@@ -29,22 +29,24 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         from IPython.core.error import UsageError
 
-        raise UsageError(f"{message}. Use: %%ranks N [--timeout SECONDS] [-> NAME]")
+        raise UsageError(f"{message}. Use: %%ranks N [--timeout SECONDS] [--link LINK] [-> NAME]")
 
 
 def on_ranks(ipython: Any, line: str, cell: str) -> None:
-    """`%%ranks N [--timeout SECONDS] [-> NAME]`: runs the cell on N fresh ranks.
+    """`%%ranks N [--timeout SECONDS] [--link LINK] [-> NAME]`: runs the cell on N fresh ranks.
 
     The cell finds `rank`, `world_size`, `device`, `comm`, `torch` and `dist` (torch.distributed) defined, and copies of
     those of the notebook's variables that it mentions. What ranks print, and the value of a last expression, is shown with
     the rank's number. With `-> NAME` (or `--out NAME`) the notebook's variable NAME becomes the list of these values, in
-    rank order (of the variable `result`, if the cell doesn't end with an expression). Default timeout: 60 seconds.
+    rank order (of the variable `result`, if the cell doesn't end with an expression). Default timeout: 60 seconds. LINK, as
+    "1gbit", is emulated between the ranks.
 
     Raises UsageError for a line and SyntaxError for a cell that doesn't parse, RankError when a rank fails.
     """
     parser = _Parser(add_help=False)
     parser.add_argument("N", type=int)
     parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--link")
     parser.add_argument("--out", metavar="NAME")
     options = parser.parse_args(shlex.split(line.replace("->", " --out ")))
     if options.N < 1:
@@ -60,7 +62,7 @@ def on_ranks(ipython: Any, line: str, cell: str) -> None:
             sent[name] = ipython.user_ns[name]
         except Exception as error:  # whatever a __reduce__ raises
             kept[name] = f"{name} ({type(ipython.user_ns[name]).__name__}) can't be copied to the ranks: {error}"
-    values = run(_cell, options.N, options.timeout, args=(source, filename, sent, kept, options.out))
+    values = run(_cell, options.N, options.timeout, args=(source, filename, sent, kept, options.out), link=options.link)
     for rank, (shown, _) in enumerate(values):
         print("".join(f"[rank {rank}] {line}\n" for line in shown.splitlines()), end="")
     if options.out:
