@@ -9,6 +9,10 @@ How a step is cut (`LLM(overlap=...)`):
 - "chunks": each prompt into two pieces, in prefill. The second attends to the first through the KV cache, where each layer
   has put it by then.
 
+An exchange stays one asynchronous all-reduce, which is a reduce-scatter and an all-gather inside. Started as these two, the
+second half of each waits for its part's next turn: TP=2 prefill of 4 x 512 tokens over 500 Mbit/s took 11.1 s, 7.3 s with the
+all-reduce, and 10.1 s without overlap (gloo, two cores).
+
 Nothing is gained where communication costs the rank's own time, as through shared memory, and at best the smaller of
 communication and computation is hidden.
 """
