@@ -40,6 +40,8 @@ SharedMemory = Annotated[
     bool, typer.Option("--shared-memory/--sockets", help="between ranks of one host: shared memory where it is there")
 ]
 Batch = Annotated[int, typer.Option(help="sequences at once")]
+PromptTokens = Annotated[int, typer.Option("--prompt", help="prompt tokens of each")]
+Repeats = Annotated[int, typer.Option(help="measured runs, after one to warm up")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of noise, and of random weights")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -139,9 +141,9 @@ def bench_decode(
     dp: Dp = 1,
     ep: Ep = False,
     batch: Batch = 1,
-    prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 32,
+    prompt: PromptTokens = 32,
     tokens: Annotated[int, typer.Option(help="tokens to generate for each")] = 64,
-    repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 5,
+    repeats: Repeats = 5,
     threads: Threads = None,
     link: LinkRate = None,
     compare: Annotated[bool, typer.Option(help="also through sockets alone, and one rank, taking turns")] = False,
@@ -172,9 +174,9 @@ def bench_prefill(
     dp: Dp = 1,
     ep: Ep = False,
     batch: Batch = 4,
-    prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 512,
+    prompt: PromptTokens = 512,
     step: Annotated[int, typer.Option(help="prompt tokens of one forward pass; a prompt is never split")] = 512,
-    repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 3,
+    repeats: Repeats = 3,
     threads: Threads = None,
     link: LinkRate = None,
     overlap: Overlap = "none",
@@ -197,8 +199,8 @@ def bench_overlap(
     dtype: Dtype = "auto",
     tp: Tp = 2,
     batch: Batch = 4,
-    prompt: Annotated[int, typer.Option(help="prompt tokens of each")] = 512,
-    repeats: Annotated[int, typer.Option(help="measured runs, after one to warm up")] = 3,
+    prompt: PromptTokens = 512,
+    repeats: Repeats = 3,
     threads: Threads = None,
     link: Annotated[
         list[str] | None, typer.Option(help="links to try; by default four, found by a measurement")
@@ -231,7 +233,10 @@ def bench_collectives(
     as_json: Json = False,
 ) -> None:
     """Every collective over message sizes, numbers of ranks and paths: latency, bandwidth, and a fit of both."""
+    import pandas
+
     from labkit.measure.collectives import OPS, SIZES, fits, sweep
+    from labkit.measure.machine import hardware
 
     chosen = ops.split(",") if ops else list(OPS)
     frame = sweep(
@@ -243,8 +248,7 @@ def bench_collectives(
     if plot:
         from labkit.lab.plots import collectives
 
-        first = chosen[0]
-        collectives(frame[frame["op"] == first]).savefig(plot, dpi=110)
+        collectives(frame[frame["op"] == chosen[0]]).savefig(plot, dpi=110)
     rows, lines = frame.to_dict("records"), fitted.to_dict("records")
 
     def show() -> None:
@@ -254,10 +258,6 @@ def bench_collectives(
             print(f"t = alpha + bytes / beta, fitted on every other size\n{fitted.round(3).to_string(index=False)}")
         for text in sorted({row["link"] for row in rows if row["link"]}):
             print(f"link: {text}; measured {rows[0]['link_gbit_per_s']:.3g} Gbit/s")
-
-    import pandas
-
-    from labkit.measure.machine import hardware
 
     finish({"results": rows, "fits": lines}, as_json, show)
 
@@ -306,8 +306,7 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """One line for each row, and before them what all have in common."""
     from rich.table import Table
 
-    layout = " x ".join(f"{k}={v}" for k, v in rows[0]["layout"].items() if v > 1) or "one rank"
-    common = f"{rows[0]['model']}, {layout}, {rows[0]['dtype']}, batch {rows[0]['batch']}"
+    common = f"{rows[0]['model']}, {_degrees(rows[0])}, {rows[0]['dtype']}, batch {rows[0]['batch']}"
     table = Table(title=f"{common}, {rows[0]['prompt_tokens']} prompt tokens; {rows[0]['hardware']}")
     linked = [row for row in rows if row.get("link")]
     for name in (*columns, *(("link: Gbit/s asked, measured",) if linked else ())):
@@ -323,15 +322,19 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
         console.print(f"link: {text}")
 
 
+def _degrees(report: dict[str, Any]) -> str:
+    """The layout in words."""
+    return " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or "one rank"
+
+
 def _show(report: dict[str, Any]) -> None:
     """A report in five lines."""
     ranks = report["ranks"]
-    layout = " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or "one rank"
     calls = sum(c["calls_per_token"] for c in report["comm"] if c["phase"] == "decode")
     comm_ms = max(rank["decode_comm_ms_per_token"] for rank in ranks)
     tpot = "" if report["tpot_ms"] is None else f", TPOT {report['tpot_ms']:.1f} ms"
     lines = {
-        "layout": f"{layout}, {report['dtype']}, {report['backend']}, {report['threads_per_rank']} thread(s) per rank",
+        "layout": f"{_degrees(report)}, {report['dtype']}, {report['backend']}, {report['threads_per_rank']} thread(s) per rank",
         "machine": report["hardware"],
         "speed": f"{report['tokens_per_s']:.1f} tokens/s, TTFT {report['ttft_ms']:.0f} ms{tpot}",
         "between ranks": f"{calls:.1f} calls and {comm_ms:.1f} ms per decoded token, waiting included",

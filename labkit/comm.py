@@ -99,9 +99,8 @@ class Exchange(NamedTuple):
     what: str
 
 
-Forward = Generator[
-    Exchange, torch.Tensor, torch.Tensor
-]  # a computation that yields at such points; returns its result
+# A computation that yields at such points, is sent what the operation gave, and returns its result.
+Forward = Generator[Exchange, torch.Tensor, torch.Tensor]
 
 
 class Comm:
@@ -160,7 +159,7 @@ class Comm:
                 dist.all_reduce(y, group=group)
 
         self._do("all_reduce", axis, what, y.nbytes, wire, reduce)
-        return x.copy_(y) if y is not x else x
+        return _written(x, y)
 
     def all_reduce_start(self, x: torch.Tensor, axis: str = "world", what: str = "") -> Pending:
         """`all_reduce` that goes on while this rank works. Through shared memory the rank has to do it itself, at once."""
@@ -174,7 +173,7 @@ class Comm:
         def start(group: dist.ProcessGroup | None) -> dist.Work:
             return dist.all_reduce(y, group=group, async_op=True)
 
-        return self._begin("all_reduce", axis, what, y.nbytes, wire, start, lambda: x.copy_(y) if y is not x else x)
+        return self._begin("all_reduce", axis, what, y.nbytes, wire, start, lambda: _written(x, y))
 
     def all_gather(self, x: torch.Tensor, axis: str = "world", what: str = "") -> torch.Tensor:
         """`x` of every rank of `axis`, stacked in rank order: shape (n, *x.shape). All shapes must be equal."""
@@ -250,20 +249,16 @@ class Comm:
             return dist.broadcast(y, src=src, group=beside, async_op=True)
 
         wire = y.nbytes if src == self.rank else 0
-        return self._begin("broadcast", axis, what, y.nbytes, wire, start, lambda: x.copy_(y) if y is not x else x)
+        return self._begin("broadcast", axis, what, y.nbytes, wire, start, lambda: _written(x, y))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank of the world, in rank order (pickled; for reports, not for tensors; not counted)."""
         out: list[Any] = [None] * self.world_size
-        self._do(
-            "all_gather",
-            "world",
-            "",
-            0,
-            0,
-            lambda group: dist.all_gather_object(out, value, group=group),
-            kind="uncounted",
-        )
+
+        def gather(group: dist.ProcessGroup | None) -> None:
+            dist.all_gather_object(out, value, group=group)
+
+        self._do("all_gather", "world", "", 0, 0, gather, kind="uncounted")
         return out
 
     def barrier(self) -> None:
@@ -302,7 +297,7 @@ class Comm:
                 work.wait(timedelta(seconds=self.mesh.timeout))
 
         self._do("recv", axis, what, y.nbytes, y.nbytes, receive, kind="recv")
-        return x.copy_(y) if y is not x else x
+        return _written(x, y)
 
     def flush(self) -> None:
         """Waits until everything sent has left."""
@@ -407,15 +402,15 @@ class Comm:
             sets_out = began if kind == "call" else time.perf_counter()
             time.sleep(max(0.0, self._due(axis, sets_out, wire) - time.perf_counter()))
         if self.meter and kind != "uncounted":
-            self._count(op, axis, what, payload, wire, kind, began)
+            tally = self._count(op, axis, what, payload, wire, kind, began)
             if on_device:
                 stop.record()
-                self.tallies[("send" if op == "recv" else op, axis, self.phase, what)].events.append((start, stop))
+                tally.events.append((start, stop))
         if self.board is not None:
             self.board.write(self.number, False, text)
         return result
 
-    def _count(self, op: str, axis: str, what: str, payload: int, wire: int, kind: str, began: float) -> None:
+    def _count(self, op: str, axis: str, what: str, payload: int, wire: int, kind: str, began: float) -> Tally:
         key = ("send" if op == "recv" else op, axis, self.phase, what)
         tally = self.tallies.get(key)
         if tally is None:
@@ -430,6 +425,12 @@ class Comm:
             if self.events is not None:
                 kind = "call" if kind == "recv" else kind
                 self.events.append(Event(kind, op, axis, self.phase, what, began, ended))
+        return tally
+
+
+def _written(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`x` with what came into `y`, its copy on the host where there is one (`Comm._stage`), else `x` itself."""
+    return x.copy_(y) if y is not x else x
 
 
 @cache

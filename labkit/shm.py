@@ -1,8 +1,8 @@
 """Shared memory between the ranks of one host: the way round gloo's sockets for small messages. `shm.c` does the work.
 
-Between two ranks on a core each, an all-reduce of 2 KB takes some 5 us here and 400 us or more through gloo: `labkit bench
+Between two ranks on a core each, an all-reduce of 2 KB takes some 5 us here and 300 us or more through gloo: `labkit bench
 collectives` shows both over all sizes. The C file is compiled when labkit is installed, if there is a C compiler; without
-it, off Linux, or between hosts, `join` gives None, and everything goes through gloo.
+it, off Linux, or between hosts, `join` finds none, and everything goes through gloo.
 """
 
 import ctypes

@@ -209,9 +209,10 @@ class LLM:
         ready = dict(group.receive() for _ in range(self.layout.world))
         self._rank_reports = [ready[rank] for rank in sorted(ready)]
         if link := self._between["link"]:
+            rate = None
             if self.layout.world > 1:
                 group.send(MEASURE_THE_LINK)
-            rate = group.receive()[1] if self.layout.world > 1 else None
+                rate = group.receive()[1]
             self._link = {"label": group.link_label, "asked_gbit_per_s": link.gbit_per_s, "measured_gbit_per_s": rate}
         self._group = group
         return group

@@ -12,6 +12,7 @@ import torch
 
 from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
+from labkit.launch.local import threads_per_rank
 from labkit.links import Link
 from labkit.parallel.overlap import MODES
 
@@ -84,8 +85,6 @@ def decode(
     if compare:
         variants |= {"sockets alone": layout | {"shared_memory": False}, "one rank": {}}
     if threads is None and compare:
-        from labkit.launch.local import threads_per_rank
-
         threads = threads_per_rank(tp * pp * dp)
     rows = in_turns(
         model, variants, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, dtype=dtype, threads=threads
