@@ -24,12 +24,16 @@ app.add_typer(bench, name="bench")
 console = Console()
 
 ModelName = Annotated[
-    str, typer.Option("--model", help="smollm2-135m, a folder, a .gguf file, random:NAME, or a Hub id")
+    str, typer.Option("--model", help="smollm2-135m, tiny-moe, a folder, a .gguf file, random:NAME, or a Hub id")
 ]
 Tp = Annotated[int, typer.Option("--tp", help="tensor-parallel degree")]
 Pp = Annotated[int, typer.Option("--pp", help="pipeline stages")]
 Dp = Annotated[int, typer.Option("--dp", help="data-parallel replicas")]
 Ep = Annotated[bool, typer.Option("--ep", help="spread the experts of a mixture-of-experts model over dp x tp")]
+ExpertExchange = Annotated[
+    str, typer.Option(help="how tokens reach experts on other ranks: all_to_all, all_gather or all_reduce")
+]
+ExpertPlacement = Annotated[str, typer.Option(help="which rank has which experts: contiguous or round-robin")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16")]
 Threads = Annotated[int | None, typer.Option("--threads", help="threads of each rank (default: cores over ranks)")]
 LinkRate = Annotated[
@@ -81,6 +85,8 @@ def generate(
     pp: Pp = 1,
     dp: Dp = 1,
     ep: Ep = False,
+    expert_exchange: ExpertExchange = "all_to_all",
+    expert_placement: ExpertPlacement = "contiguous",
     max_tokens: Annotated[int, typer.Option(help="generate at most this many tokens")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     seed: Seed = 0,
@@ -103,6 +109,8 @@ def generate(
         pipeline_parallel_size=pp,
         data_parallel_size=dp,
         enable_expert_parallel=ep,
+        expert_exchange=expert_exchange,
+        expert_placement=expert_placement,
         dtype=dtype,
         seed=seed,
         threads=threads,
@@ -215,6 +223,32 @@ def bench_overlap(
     )
     columns = ("overlap", "seconds", "comm_ms", "hidden_ms", "gain", "same_tokens")
     finish({"results": rows}, as_json, lambda: _table(rows, columns))
+
+
+@bench.command("experts")
+def bench_experts(
+    model: ModelName = "tiny-moe",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    dp: Dp = 2,
+    batch: Batch = 8,
+    prompt: PromptTokens = 512,
+    tokens: Annotated[int, typer.Option(help="tokens to generate for each")] = 16,
+    repeats: Repeats = 3,
+    threads: Threads = None,
+    link: LinkRate = None,
+    text: Annotated[Path | None, typer.Option(help="take the prompts from this file (default: tiny-moe's own)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Expert parallelism over dp x tp: three exchanges and three placements against one rank, and TP inside the experts."""
+    from labkit.measure.bench import experts
+
+    rows = experts(
+        model, dtype=dtype, tp=tp, dp=dp, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, threads=threads,
+        link=link, text=text,
+    )  # fmt: skip
+    columns = ("name", "ttft_ms", "prefill_speedup", "tpot_ms", "decode_speedup", "exchange_bytes", "busiest_over_mean")
+    finish({"results": rows}, as_json, lambda: _table(rows, (*columns, "same_tokens")))
 
 
 @bench.command("collectives")

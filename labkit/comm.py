@@ -46,6 +46,7 @@ class Tally:
     wire_bytes: int = 0
     hidden_seconds: float = 0.0
     host_seconds: float = 0.0
+    sent_to: list[int] | None = None  # all-to-all: bytes for each rank of the axis, itself included
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     @property
@@ -107,7 +108,7 @@ class Comm:
     """This rank's communication. Tensors are contiguous; a group of one rank returns at once and counts nothing.
 
     Args:
-        mesh: the process grid; an `axis` below is one of its axes ("tp", "pp", "dp", "world").
+        mesh: the process grid; an `axis` below is one of its axes ("tp", "pp", "dp", "ep", "world").
         meter: count operations (`tallies`); off, the cost is one test per call.
         timed: also time them; off for fake tensors, where there is no clock to read.
         board: where to write what is being waited for.
@@ -221,7 +222,8 @@ class Comm:
             return x
         y = self._stage(x)
         out = torch.empty((sum(recv_rows), *x.shape[1:]), dtype=y.dtype, device=y.device)
-        wire = y.nbytes // max(len(x), 1) * (sum(send_rows) - send_rows[self.mesh.index(axis)])
+        row = y.nbytes // max(len(x), 1)
+        wire = row * (sum(send_rows) - send_rows[self.mesh.index(axis)])
         shared = self._shared("all_to_all", axis, y)
 
         def exchange(group: dist.ProcessGroup | None) -> None:
@@ -231,6 +233,10 @@ class Comm:
                 dist.all_to_all_single(out, y, recv_rows, send_rows, group=group)
 
         self._do("all_to_all", axis, what, y.nbytes, wire, exchange)
+        if self.meter:
+            tally = self.tallies["all_to_all", axis, self.phase, what]
+            before = tally.sent_to or [0] * len(send_rows)
+            tally.sent_to = [sent + row * rows for sent, rows in zip(before, send_rows, strict=True)]
         return out.to(x.device)
 
     def broadcast(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> torch.Tensor:

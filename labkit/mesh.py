@@ -2,7 +2,7 @@
 
 `Layout` is only numbers and may be made anywhere; `Mesh` belongs to one rank of an initialised process group. Ranks are
 laid out as `arange(world).view(dp, pp, tp)`: tensor-parallel neighbours are adjacent (on one host, on its fast links),
-stages are further apart, replicas furthest.
+stages are further apart, replicas furthest. Experts are spread over the ranks of a stage in all its replicas, dp x tp.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,15 @@ AXES = ("dp", "pp", "tp")
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of tensor, pipeline and data parallelism; `world = dp * pp * tp` ranks."""
+    """Degrees of tensor, pipeline and data parallelism; `world = dp * pp * tp` ranks.
+
+    expert_parallel: whether the ranks of a stage, dp * tp of them, share out its experts (the axis "ep").
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name, size in (("tensor", self.tp), ("pipeline", self.pp), ("data", self.dp)):
@@ -33,6 +37,10 @@ class Layout:
     def world(self) -> int:
         return self.dp * self.pp * self.tp
 
+    @property
+    def ep(self) -> int:
+        return self.dp * self.tp if self.expert_parallel else 1
+
     def place(self, rank: int) -> dict[str, int]:
         """Coordinates of `rank`: {"dp": replica, "pp": stage, "tp": shard}."""
         return {"dp": rank // (self.pp * self.tp), "pp": rank // self.tp % self.pp, "tp": rank % self.tp}
@@ -42,10 +50,14 @@ class Layout:
         if axis == "world":
             return list(range(self.world))
         here = self.place(rank)
+        if axis == "ep":
+            return (
+                [r for r in range(self.world) if self.place(r)["pp"] == here["pp"]] if self.expert_parallel else [rank]
+            )
         return [r for r in range(self.world) if {**self.place(r), axis: 0} == {**here, axis: 0}]
 
     def as_dict(self) -> dict[str, int]:
-        return {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ep": 1}
+        return {"tp": self.tp, "pp": self.pp, "dp": self.dp, "ep": self.ep}
 
 
 def pick_backend(ranks_on_host: int) -> tuple[str, str]:
@@ -78,11 +90,11 @@ class Mesh:
         self.backend: str = dist.get_backend()
         place = layout.place(self.rank)
         self.dp_rank, self.pp_rank, self.tp_rank = place["dp"], place["pp"], place["tp"]
-        self._peers = {axis: layout.peers(self.rank, axis) for axis in (*AXES, "world")}
+        self._peers = {axis: layout.peers(self.rank, axis) for axis in (*AXES, "ep", "world")}
         self._groups: dict[str, dist.ProcessGroup | None] = {"world": dist.group.WORLD}
         # The sampled ids go round on a group of their own ("pp_ids"): on the one that carries the hidden states, NCCL would
         # make them wait for each other.
-        for name, axis in (*((axis, axis) for axis in AXES), ("pp_ids", "pp")):
+        for name, axis in (*((axis, axis) for axis in (*AXES, "ep")), ("pp_ids", "pp")):
             # Every rank takes part in making every group, in the same order, or new_group waits for ever.
             for peers in sorted({tuple(layout.peers(r, axis)) for r in range(layout.world)}):
                 group = dist.new_group(list(peers), timeout=timedelta(seconds=timeout)) if len(peers) > 1 else None
@@ -90,7 +102,7 @@ class Mesh:
                     self._groups[name] = group
 
     def peers(self, axis: str) -> list[int]:
-        """Global ranks of this rank's group along `axis` ("tp", "pp", "dp" or "world")."""
+        """Global ranks of this rank's group along `axis` ("tp", "pp", "dp", "ep" or "world")."""
         if axis not in self._peers:
             raise ValueError(f"no axis {axis!r}: use one of {', '.join(self._peers)}")
         return self._peers[axis]

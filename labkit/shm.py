@@ -53,7 +53,7 @@ def join(mesh: Mesh, host: str, timeout: float, *, alone: bool) -> "dict[str, Sh
         alone: each rank has a core of its own.
     """
     lib = library()
-    axes = [axis for axis in ("tp", "pp", "dp", "world") if mesh.size(axis) > 1]
+    axes = [axis for axis in ("tp", "pp", "dp", "ep", "world") if mesh.size(axis) > 1]
     owned: dict[str, tuple[int, bytes, str]] = {}  # fd, a secret that proves the file to be the right one, its path
     if lib:
         for axis in axes:

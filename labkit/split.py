@@ -86,6 +86,54 @@ def layers(n: int, pp: int, *, before: float = 0.0, after: float = 0.0) -> list[
     return ranges(best[n][2])
 
 
+# -- experts: a placement is a list of the expert numbers that each rank holds --------------------------------------------
+
+
+def experts(n: int, ranks: int, how: str = "contiguous") -> list[list[int]]:
+    """`n` experts over `ranks`: neighbours together ("contiguous"), or dealt out one by one ("round-robin")."""
+    if not 1 <= ranks <= n:
+        raise LayoutError(f"{ranks} expert-parallel ranks (dp x tp) do not fit {n} experts: use 1 to {n}")
+    if how == "contiguous":
+        return [list(part) for part in even(n, ranks)]
+    if how == "round-robin":
+        return [list(range(rank, n, ranks)) for rank in range(ranks)]
+    raise LayoutError(f"expert placement {how!r}: use 'contiguous', 'round-robin', or the experts of each rank")
+
+
+def experts_by_load(load: Sequence[float], ranks: int) -> list[list[int]]:
+    """Experts over `ranks` so that the busiest rank has little more than the mean: `load[e]` is expert e's, in any unit.
+
+    No rank gets more experts than others by more than one. Heaviest first, each to the rank with the least load so far
+    that has room (LPT, Graham 1969, doi:10.1137/0117039); then pairs change places as long as that helps the busier rank.
+    """
+    sizes = [len(part) for part in experts(len(load), ranks)]
+    placed: list[list[int]] = [[] for _ in range(ranks)]
+
+    def total(rank: int) -> float:
+        return sum(load[e] for e in placed[rank])
+
+    for e in sorted(range(len(load)), key=lambda e: -load[e]):
+        open_ranks = [rank for rank in range(ranks) if len(placed[rank]) < sizes[rank]]
+        placed[min(open_ranks, key=total)].append(e)
+    while True:
+        busiest = max(range(ranks), key=total)
+        swaps = [
+            (max(total(busiest) - load[a] + load[b], total(rank) - load[b] + load[a]), a, b, rank)
+            for rank in range(ranks) for a in placed[busiest] for b in placed[rank] if rank != busiest
+        ]  # fmt: skip
+        if not swaps or min(swaps)[0] >= total(busiest):
+            return [sorted(experts) for experts in placed]
+        _, a, b, rank = min(swaps)
+        placed[busiest][placed[busiest].index(a)] = b
+        placed[rank][placed[rank].index(b)] = a
+
+
+def busiest_over_mean(load: Sequence[float], placement: Sequence[Sequence[int]]) -> float:
+    """Load of the busiest rank over the mean of all: 1.0 is balance, and what the others wait for is above."""
+    totals = [sum(load[e] for e in mine) for mine in placement]
+    return max(totals) * len(totals) / sum(totals) if sum(totals) else 1.0
+
+
 def ranges(sizes: Sequence[int]) -> list[range]:
     """Consecutive ranges of the given sizes: (2, 3) -> [range(0, 2), range(2, 5)]."""
     return [range(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]

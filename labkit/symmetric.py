@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def join(mesh: Mesh) -> "dict[str, SymmetricMemory]":
     """For each axis of `mesh` on which it works, a buffer. Collective: every rank calls it once."""
     joined = {}
-    for axis in ("tp", "pp", "dp"):
+    for axis in ("tp", "pp", "dp", "ep"):
         if mesh.size(axis) > 1:
             memory: SymmetricMemory | None = None
             try:

@@ -86,3 +86,54 @@ def test_layout_places_ranks_as_arange_view_dp_pp_tp(dp: int, pp: int, tp: int, 
 def test_degrees_are_whole_and_positive(degrees: dict) -> None:
     with pytest.raises(split.LayoutError, match="use a whole number, 1 or more"):
         Layout(**degrees)
+
+
+@pytest.mark.parametrize("how", ["contiguous", "round-robin"])
+@given(ranks=st.integers(1, 16), more=st.integers(0, 64))
+def test_every_expert_has_one_rank_and_counts_differ_by_one(how: str, ranks: int, more: int) -> None:
+    placement = split.experts(ranks + more, ranks, how)
+    assert sorted(e for mine in placement for e in mine) == list(range(ranks + more))
+    assert max(map(len, placement)) - min(map(len, placement)) <= 1
+
+
+def _best(load: list[int], ranks: int) -> float:
+    """Busiest over mean of the best placement with as many experts on each rank as `experts` gives, by trying all."""
+    sizes = [len(part) for part in split.even(len(load), ranks)]
+
+    def place(left: frozenset[int], sizes: list[int]) -> float:
+        if not sizes:
+            return 0
+        return min(
+            max(sum(load[e] for e in mine), place(left - set(mine), sizes[1:])) for mine in combinations(left, sizes[0])
+        )
+
+    return place(frozenset(range(len(load))), sizes) * ranks / sum(load)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=4, max_size=8), st.integers(2, 4))
+def test_experts_by_load_are_close_to_the_best_placement(load: list[int], ranks: int) -> None:
+    placement = split.experts_by_load(load, ranks)
+    assert sorted(e for mine in placement for e in mine) == list(range(len(load)))
+    assert max(map(len, placement)) - min(map(len, placement)) <= 1
+    assert split.busiest_over_mean(load, placement) <= _best(load, ranks) * 4 / 3
+
+
+def test_placement_repairs_a_skewed_load() -> None:
+    load = [8, 7, 1, 1, 6, 5, 1, 1]  # hot experts are neighbours
+    contiguous, by_load = split.experts(8, 4), split.experts_by_load(load, 4)
+    assert split.busiest_over_mean(load, contiguous) == 2.0
+    assert split.busiest_over_mean(load, by_load) == 9 * 4 / 30
+    assert split.busiest_over_mean([0] * 8, by_load) == 1.0
+
+
+@pytest.mark.parametrize(("n", "ranks", "how"), [(8, 9, "contiguous"), (8, 0, "contiguous"), (8, 2, "linear")])
+def test_what_is_no_placement_names_the_legal_values(n: int, ranks: int, how: str) -> None:
+    with pytest.raises(split.LayoutError, match="use "):
+        split.experts(n, ranks, how)
+
+
+def test_the_expert_axis_is_dp_times_tp_inside_a_stage() -> None:
+    layout = Layout(tp=2, pp=2, dp=2, expert_parallel=True)
+    assert layout.ep == 4 and layout.as_dict() == {"tp": 2, "pp": 2, "dp": 2, "ep": 4}
+    assert layout.peers(1, "ep") == [0, 1, 4, 5] and layout.peers(6, "ep") == [2, 3, 6, 7]
+    assert Layout(tp=2, dp=2).ep == 1 and Layout(tp=2, dp=2).peers(3, "ep") == [3]

@@ -29,13 +29,31 @@ FAMILIES = {
     "mistral": ("MistralConfig", {"head_dim": 16, "sliding_window": 4096}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 10, "tie_word_embeddings": True}),
-}
+    "mixtral": ("MixtralConfig", {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 21, "norm_topk_prob": False,
+            "mlp_only_layers": [1], "head_dim": 10,
+        },
+    ),
+    "qwen3_moe_normalised": (
+        "Qwen3MoeConfig",
+        {
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True,
+            "decoder_sparse_step": 2, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
+MOE = ("mixtral", "qwen3_moe", "qwen3_moe_normalised")
 
 
 def write(family: str, folder: Path, *, shards: bool = False) -> torch.nn.Module:
     """Saves a tiny float32 model of `family` in `folder` and returns it. Biases and norms are random too."""
     name, options = FAMILIES[family]
     config = getattr(transformers, name)(**{**_SIZES, **options})
+    if family in MOE:
+        config._experts_implementation = "eager"  # its grouped products refuse widths like these
     torch.manual_seed(sum(map(ord, family)))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -4,7 +4,7 @@ In a script or notebook it starts local ranks and sends them one message per `ge
 rank and runs in place, on every rank alike. It turns text into ids and back, and knows nothing of how ranks share the work.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from labkit.mesh import Layout
 from labkit.model.decoder import check_layout
 from labkit.model.errors import ModelError
 from labkit.model.find import DEFAULT, Model, find
+from labkit.parallel.expert import EXCHANGES, Spread
 from labkit.parallel.overlap import MODES
 
 MEASURE_THE_LINK = "measure the link"  # a message to the ranks
@@ -31,9 +32,14 @@ class LLM:
     """A model served by tensor_parallel_size x pipeline_parallel_size x data_parallel_size ranks.
 
     Args:
-        model: "smollm2-135m", a Hugging Face folder, a GGUF file, "random:NAME" (seeded random weights of a known shape or
-            a config.json), or a Hub id.
+        model: "smollm2-135m", "tiny-moe", a Hugging Face folder, a GGUF file, "random:NAME" (seeded random weights of a
+            known shape or a config.json), or a Hub id.
         tensor_parallel_size, pipeline_parallel_size, data_parallel_size: degrees; each replica is tp x pp ranks.
+        enable_expert_parallel: spread the experts of a mixture-of-experts model over the dp x tp ranks of each stage; off, each
+            expert is cut over tp.
+        expert_exchange: how tokens and experts meet then: "all_to_all", "all_gather" or "all_reduce" (`labkit.parallel.expert`).
+        expert_placement: which rank has which expert: "contiguous", "round-robin", or by layer the experts of each rank, as
+            `labkit.split.experts_by_load` makes them from the loads in a report.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but float32 for 16-bit checkpoints on a CPU
             without 16-bit instructions, where it is faster.
         max_model_len: longest prompt plus output, in tokens; the KV cache is made for it.
@@ -61,6 +67,8 @@ class LLM:
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        expert_exchange: str = "all_to_all",
+        expert_placement: str | Mapping[int, Sequence[Sequence[int]]] = "contiguous",
         dtype: str = "auto",
         max_model_len: int = 2048,
         max_num_seqs: int = 16,
@@ -74,12 +82,21 @@ class LLM:
         trace: bool = False,
         debug: bool = False,
     ) -> None:
-        self.layout = Layout(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size)
+        self.layout = Layout(
+            tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size,
+            expert_parallel=enable_expert_parallel,
+        )  # fmt: skip
         self.model: Model = find(model)
         config = self.model.config
-        check_layout(config, self.layout.tp, self.layout.pp)
-        if enable_expert_parallel:
+        spread = Spread(_one_of("expert_exchange", expert_exchange, EXCHANGES), expert_placement)
+        if enable_expert_parallel and not config.moe:
             raise ModelError(f"enable_expert_parallel=True: {model} has no experts to spread")
+        check_layout(config, self.layout, spread)
+        if overlap != "none" and self.layout.ep > self.layout.tp:
+            raise ValueError(
+                f"overlap={overlap!r} with data- and expert-parallel ranks is not supported: replicas that step together "
+                "can't cut their steps alike"
+            )
         self.options = EngineOptions(
             dtype=_dtype(dtype, config.dtype),
             max_model_len=_at_least_one("max_model_len", min(max_model_len, config.max_positions)),
@@ -87,6 +104,7 @@ class LLM:
             max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             seed=seed,
             overlap=_one_of("overlap", overlap, MODES),
+            spread=spread,
             trace=trace,
             debug=debug,
         )
@@ -246,7 +264,7 @@ class LLM:
         if self.layout.dp == 1:
             yield from engine.generate(requests)
         else:  # replicas differ in what they serve: put it together at the end
-            steps = list(engine.generate(_share(requests, engine.comm)))
+            steps = list(engine.generate(requests))
             replicas = engine.comm.gather_objects(steps)[:: self.layout.tp * self.layout.pp]
             yield from sorted((s for replica in replicas for s in replica), key=lambda s: s[0].seconds)
         self._rank_reports = engine.comm.gather_objects(engine.report())
@@ -327,17 +345,12 @@ def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> No
             if comm.rank == 0:
                 channel.send(rate)
             continue
-        for step in engine.generate(_share(requests, comm)):
+        for step in engine.generate(requests):
             if leads:
                 channel.send(step)
         reports = comm.gather_objects(engine.report())
         if leads:
             channel.send({"ranks": reports})
-
-
-def _share(requests: list[Request], comm: Comm) -> list[Request]:
-    """The requests of this rank's replica."""
-    return requests[comm.mesh.dp_rank :: comm.mesh.layout.dp]
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -9,6 +9,7 @@ from labkit.engine.requests import Token
 from labkit.launch.local import oversubscribed
 from labkit.measure.machine import hardware
 from labkit.mesh import Layout, pick_backend
+from labkit.split import busiest_over_mean
 
 
 def assemble(
@@ -48,18 +49,55 @@ def assemble(
         "bubble_fraction": max((r["bubble_fraction"] for r in ranks), default=0.0),
         "ranks": [
             {
-                **{k: v for k, v in r.items() if k not in ("comm", "events")},
+                **{k: v for k, v in r.items() if k not in ("comm", "events", "experts")},
                 "decode_comm_ms_per_token": _decode_comm_ms(r),
             }
             for r in ranks
         ],
         "comm": _comm(ranks),
+        "experts": _experts(layout, options.spread.exchange, ranks),
     }
 
 
 def _decode_comm_ms(rank: dict[str, Any]) -> float:
     """Time of one rank inside operations, waiting included, per decode step of one sequence."""
     return sum(e["seconds"] * 1e3 / max(e["tokens"], 1) for e in rank["comm"] if e["phase"] == "decode")
+
+
+def _experts(layout: Layout, exchange: str, ranks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the routers did in the last `generate`; None for a model without experts.
+
+    layers: of each layer with experts its `placement`, the experts of each expert-parallel rank; how many `tokens` asked for
+    each expert, in all replicas; and `busiest_over_mean`, the load of the busiest rank over the mean. The same for all
+    together: the sum of the busiest over the sum of the means, since each layer waits for its busiest rank. (Averaged over
+    steps: a single step may be less balanced.)
+    bytes: by what was exchanged (dispatch, combine), sent from each rank to each rank, what stayed on a rank included.
+    """
+    layers: dict[int, dict[str, Any]] = {}
+    for rank in ranks:
+        for each in rank["experts"]:
+            seen = layers.setdefault(each["layer"], {**each, "tokens": [0] * len(each["tokens"])})
+            seen["tokens"] = [a + b for a, b in zip(seen["tokens"], each["tokens"], strict=True)]
+    if not layers:
+        return None
+    busiest = mean = 0.0
+    for each in layers.values():
+        each["busiest_over_mean"] = busiest_over_mean(each["tokens"], each["placement"])
+        share = sum(each["tokens"]) / len(each["placement"])
+        busiest, mean = busiest + each["busiest_over_mean"] * share, mean + share
+    sent: dict[str, list[list[int]]] = {}
+    for rank in ranks:
+        for entry in rank["comm"]:
+            if entry["op"] == "all_to_all":
+                matrix = sent.setdefault(entry["what"], [[0] * len(ranks) for _ in ranks])
+                for to, count in zip(layout.peers(rank["rank"], entry["axis"]), entry["sent_to"], strict=True):
+                    matrix[rank["rank"]][to] += count
+    return {
+        "exchange": exchange if layout.ep > 1 else None,
+        "layers": [layers[number] for number in sorted(layers)],
+        "busiest_over_mean": busiest / mean if mean else 1.0,
+        "bytes": sent,
+    }
 
 
 def _comm(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

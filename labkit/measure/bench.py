@@ -5,6 +5,7 @@ On a shared machine speed changes from minute to minute: compare rows of one cal
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,19 +15,23 @@ from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
 from labkit.launch.local import threads_per_rank
 from labkit.links import Link
+from labkit.model.find import TINY_MOE, find
+from labkit.parallel.expert import EXCHANGES
 from labkit.parallel.overlap import MODES
+from labkit.split import experts_by_load
 
 Row = dict[str, Any]
 
 
 def in_turns(
     model: str, variants: Mapping[str, Mapping[str, Any]], *, batch: int, prompt: int, tokens: int, repeats: int,
-    **shared: Any,
+    prompts: list[list[int]] | None = None, **shared: Any,
 ) -> list[Row]:  # fmt: skip
     """Serves the same `batch` prompts of `prompt` tokens, `tokens` generated for each, with each variant in turn.
 
     Args:
         variants: by name, arguments of `LLM`. shared: those that all have in common.
+        prompts: the token ids, random ones by default.
         repeats: rounds that count, after one to warm up.
 
     Returns a row for each variant: the report (`LLM.report`) of its median run, by TPOT or, for one token, by time, with
@@ -42,7 +47,8 @@ def in_turns(
         for name, arguments in variants.items():
             llms[name] = LLM(model, **{"max_model_len": prompt + tokens, "max_num_seqs": batch, **shared, **arguments})
         vocab = next(iter(llms.values())).model.config.vocab
-        prompts = torch.randint(0, vocab, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+        if prompts is None:
+            prompts = torch.randint(0, vocab, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
         for _ in range(repeats + 1):
             for name, llm in llms.items():
                 outputs = llm.generate(prompts, params)
@@ -127,6 +133,72 @@ def prefill(
     for row in rows:
         row["prompt_tokens_per_s"] = batch * prompt / row["seconds"]
     return rows
+
+
+def experts(
+    model: str, *, dtype: str = "auto", tp: int = 1, dp: int = 2, batch: int = 8, prompt: int = 512, tokens: int = 16,
+    repeats: int = 3, threads: int | None = None, link: str | None = None, text: Path | None = None,
+) -> list[Row]:  # fmt: skip
+    """A mixture-of-experts model over dp x tp ranks with its experts spread, against one rank; all take turns.
+
+    Rows: each way of exchange (`parallel.expert`); other placements: round-robin, and by the load that one rank measured on
+    other prompts; as many ranks along "tp", each expert cut over them; independent replicas; one rank with as many threads as
+    one of the others has.
+
+    text: prompts are cut out of it, one after another, the first `batch` of them only to measure the load; by default
+    tiny-moe's held-out text, and random ids for other models.
+
+    Rows are `in_turns`'s, with `prefill_speedup` (by TTFT) and `decode_speedup` (by TPOT) over the one rank,
+    `busiest_over_mean` of the experts' load, and `exchange_bytes`: what leaves the rank that sends most, per prompt token of
+    the whole batch and layer with experts, for the experts alone.
+    """
+    if dp * tp < 2:
+        raise ValueError(f"dp={dp}, tp={tp}: experts are spread over dp x tp ranks, 2 or more")
+    if text is None and model == TINY_MOE.name:
+        text = TINY_MOE / "heldout.txt"
+    threads = threads or threads_per_rank(dp * tp)
+    common: dict[str, Any] = {"dtype": dtype, "threads": threads, "max_num_batched_tokens": batch * prompt}
+    first, others = _prompts(model, text, batch, prompt)
+    with LLM(model, max_model_len=prompt + 1, max_num_seqs=batch, **common) as llm:
+        llm.generate(first, SamplingParams(temperature=0.0, max_tokens=1))
+        report = llm.report()["experts"]
+    if report is None:
+        raise ValueError(f"{model} has no experts: use tiny-moe, or another mixture-of-experts model")
+    by_load = {layer["layer"]: experts_by_load(layer["tokens"], dp * tp) for layer in report["layers"]}
+    ep: Row = {"tensor_parallel_size": tp, "data_parallel_size": dp, "enable_expert_parallel": True, "link": link}
+    variants: dict[str, Row] = {exchange: ep | {"expert_exchange": exchange} for exchange in EXCHANGES}
+    variants |= {"all_to_all, round-robin": ep | {"expert_placement": "round-robin"}}
+    variants |= {"all_to_all, by load": ep | {"expert_placement": by_load}}
+    variants |= {f"TP={dp * tp} in experts": {"tensor_parallel_size": dp * tp, "link": link}}
+    variants |= {f"{dp * tp} replicas": {"data_parallel_size": dp * tp, "link": link}, "one rank": {}}
+    rows = in_turns(
+        model, variants, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, prompts=others, **common
+    )
+    for row in rows:
+        sent = [
+            c["wire_bytes_per_token"] for c in row["comm"]
+            if c["phase"] == "prefill" and c["what"] in ("counts", "dispatch", "combine", "tokens", "mlp")
+        ]  # fmt: skip
+        row["exchange_bytes"] = sum(sent) / row["layout"]["dp"] / len(report["layers"])
+        row["busiest_over_mean"] = row["experts"]["busiest_over_mean"]
+        row["prefill_speedup"] = rows[-1]["ttft_ms"] / row["ttft_ms"]
+        row["decode_speedup"] = rows[-1]["tpot_ms"] / row["tpot_ms"] if row["tpot_ms"] else None
+    return rows
+
+
+def _prompts(model: str, text: Path | None, batch: int, prompt: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Two batches of prompts that have nothing in common."""
+    if text is None:
+        vocab = find(model).config.vocab
+        ids = torch.randint(0, vocab, (2 * batch * prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    else:
+        from transformers import AutoTokenizer
+
+        ids = AutoTokenizer.from_pretrained(find(model).folder)(text.read_text(encoding="utf-8")).input_ids
+        if len(ids) < 2 * batch * prompt:
+            raise ValueError(f"{text} has {len(ids)} tokens; 2 x batch x prompt = {2 * batch * prompt} are needed")
+    pieces = [ids[i * prompt : (i + 1) * prompt] for i in range(2 * batch)]
+    return pieces[:batch], pieces[batch:]
 
 
 def overlap(

@@ -24,7 +24,8 @@ from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 class Batch:
     """Tokens of one step, sequence after sequence: N tokens of B sequences, each with a cache slot of its own.
 
-    Either prompts, whole or a part of them (prefill), or one token each (decode, N = B). Positions count from 0.
+    Either prompts, whole or a part of them (prefill), or one token each (decode, N = B). Positions count from 0. Both may be
+    0, when only other replicas have something to do.
     """
 
     positions: torch.Tensor  # (N,)
@@ -36,18 +37,23 @@ class Batch:
     context: int  # longest sequence, this step's tokens included
     rows: slice | torch.Tensor  # the cache slots of the B sequences: a slice where they are neighbours (no copy)
     mask: torch.Tensor | None  # decode: (B, 1, 1, context), True where there is a token; None if all are equally long
+    replicas: list[
+        int
+    ]  # tokens of each replica in this step, this one's N among them, where they take steps together; else [N]
 
     @classmethod
     def make(
-        cls, lengths: list[int], starts: list[int], slots: list[int], ends: list[bool], device: torch.device
-    ) -> "Batch":
+        cls, lengths: list[int], starts: list[int], slots: list[int], ends: list[bool], device: torch.device,
+        replicas: list[int] | None = None,
+    ) -> "Batch":  # fmt: skip
         """`lengths[i]` tokens go to positions `starts[i]`... of the sequence in slot `slots[i]`; it wants logits if `ends[i]`."""
         decode = any(starts) and max(lengths) == 1
         context = [start + length for start, length in zip(starts, lengths, strict=True)]
-        neighbours = slots == list(range(slots[0], slots[0] + len(slots)))
+        first = slots[0] if slots else 0
+        neighbours = slots == list(range(first, first + len(slots)))
 
         def tensor(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, device=device)
+            return torch.tensor(values, dtype=torch.int64, device=device)
 
         mask = None
         if decode and min(context) < max(context):
@@ -55,13 +61,14 @@ class Batch:
         return cls(
             positions=tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]),
             slots=tensor([slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)]),
-            last=tensor([stop - 1 for i, stop in enumerate(accumulate(lengths)) if ends[i]]).long(),
+            last=tensor([stop - 1 for i, stop in enumerate(accumulate(lengths)) if ends[i]]),
             lengths=lengths,
             starts=starts,
             decode=decode,
-            context=max(context),
-            rows=slice(slots[0], slots[0] + len(slots)) if neighbours else tensor(slots),
+            context=max(context, default=0),
+            rows=slice(first, first + len(slots)) if neighbours else tensor(slots),
             mask=mask,
+            replicas=replicas or [sum(lengths)],
         )
 
 

@@ -5,15 +5,29 @@ that the decoder doesn't implement is refused by name here, before anything star
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from labkit.model.errors import ModelError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Mixture-of-experts layers: `experts` MLPs of `width` inner features, of which the router picks `per_token` for a token.
+
+    normalise: whether the weights of those picked are scaled to add up to 1. dense: layers that have one plain MLP instead.
+    """
+
+    experts: int
+    per_token: int
+    width: int
+    normalise: bool
+    dense: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -40,12 +54,18 @@ class ModelConfig:
     bos_ids: tuple[int, ...]
     eos_ids: tuple[int, ...]
     sliding_window: int | None = None
+    moe: MoEConfig | None = None
 
     @property
     def layer_params(self) -> int:
-        """Matrix parameters of one layer (biases and norms, below 0.1 %, left out)."""
+        """Matrix parameters of one layer, all its experts included (biases and norms, below 0.1 %, left out)."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
+        width = self.moe.experts * self.moe.width if self.moe else self.intermediate
+        return attention + 3 * self.hidden * width
+
+    def sparse(self, layer: int) -> bool:
+        """Whether `layer` has experts."""
+        return self.moe is not None and layer not in self.moe.dense
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -109,14 +129,33 @@ class ModelConfig:
             rope=_rope(raw, where),
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2" or attention_bias,
-            out_bias=family in ("llama", "qwen3") and attention_bias,
+            out_bias=family in ("llama", "qwen3", "qwen3_moe") and attention_bias,
             mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "qwen3_moe"),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
             bos_ids=_ids(raw.get("bos_token_id")),
             eos_ids=_ids(raw.get("eos_token_id")),
             sliding_window=_sliding_window(raw, where),
+            moe=_moe(raw, size),
         )
+
+
+def _moe(raw: Mapping[str, Any], size: Callable[..., int]) -> MoEConfig | None:
+    """Defaults are those of transformers' MixtralConfig and Qwen3MoeConfig."""
+    if raw["model_type"] == "mixtral":
+        moe = MoEConfig(size("num_local_experts", 8), size("num_experts_per_tok", 2), size("intermediate_size"), True)
+    elif raw["model_type"] == "qwen3_moe":
+        every, layers = size("decoder_sparse_step", 1), range(size("num_hidden_layers"))
+        dense = set(raw.get("mlp_only_layers") or ()) | {i for i in layers if (i + 1) % every}
+        moe = MoEConfig(
+            size("num_experts", raw.get("num_local_experts", 128)), size("num_experts_per_tok", 8),
+            size("moe_intermediate_size", 768), bool(raw.get("norm_topk_prob", False)), frozenset(dense),
+        )  # fmt: skip
+    else:
+        return None
+    if moe.per_token > moe.experts:
+        raise ModelError(f"num_experts_per_tok={moe.per_token} is more than the {moe.experts} experts there are")
+    return moe
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -146,7 +185,7 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
     """Tokens that attention may look back over, or None. Contexts up to it are served; longer ones are refused later."""
-    if raw.get("model_type") in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+    if raw.get("model_type") in ("qwen2", "qwen3", "qwen3_moe") and not raw.get("use_sliding_window", False):
         return None
     window = raw.get("sliding_window")
     if raw.get("model_type") == "llama" and window:

@@ -10,9 +10,11 @@ from torch import nn
 
 from labkit import split
 from labkit.comm import Comm, Forward
+from labkit.mesh import Layout
 from labkit.model.attention import Attention, Batch, KVCache, Rotary
 from labkit.model.checkpoint import Piece, parameter
 from labkit.model.config import ModelConfig
+from labkit.parallel.expert import MoE, Spread
 from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 
 
@@ -25,13 +27,19 @@ def stage_layers(cfg: ModelConfig, pp: int) -> list[range]:
     return split.layers(cfg.layers, pp, before=cfg.hidden / cfg.layer_params, after=head)
 
 
-def check_layout(cfg: ModelConfig, tp: int, pp: int) -> None:
+def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
     """Raises LayoutError, naming the legal values, if the model can't be cut this way."""
-    split.heads(cfg.heads, cfg.kv_heads, tp)
-    for name, size in (("intermediate_size", cfg.intermediate), ("vocab_size", cfg.vocab)):
-        if tp > size:
-            raise split.LayoutError(f"tensor_parallel_size={tp} does not fit {name} {size}: use 1 to {size}")
-    split.layers(cfg.layers, pp)
+    split.heads(cfg.heads, cfg.kv_heads, layout.tp)
+    widths = {"intermediate_size": cfg.intermediate, "vocab_size": cfg.vocab}
+    if cfg.moe and layout.ep == 1:
+        widths["the experts' intermediate size"] = cfg.moe.width
+    for name, size in widths.items():
+        if layout.tp > size:
+            raise split.LayoutError(f"tensor_parallel_size={layout.tp} does not fit {name} {size}: use 1 to {size}")
+    split.layers(cfg.layers, layout.pp)
+    if cfg.moe:
+        for layer in filter(cfg.sparse, range(cfg.layers)):
+            spread.of(layer, cfg.moe.experts, layout.ep)
 
 
 class MLP(nn.Module):
@@ -55,22 +63,30 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual."""
+    """Attention and MLP, or experts, each behind a norm and added to the residual."""
 
-    def __init__(self, cfg: ModelConfig, number: int, comm: Comm, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, cfg: ModelConfig, number: int, comm: Comm, spread: Spread, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
         prefix = f"model.layers.{number}"
         self.eps = cfg.rms_eps
         self.input_norm = norm_weight(f"{prefix}.input_layernorm.weight", cfg, dtype, device)
         self.attention = Attention(cfg, f"{prefix}.self_attn", comm, dtype, device)
         self.post_norm = norm_weight(f"{prefix}.post_attention_layernorm.weight", cfg, dtype, device)
-        self.mlp = MLP(cfg, f"{prefix}.mlp", comm, dtype, device)
+        self.moe = MoE(cfg, cfg.moe, number, comm, spread, dtype, device) if cfg.moe and cfg.sparse(number) else None
+        self.mlp = None if self.moe else MLP(cfg, f"{prefix}.mlp", comm, dtype, device)
 
     def forward(
         self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
     ) -> Forward:
-        x = x + (yield from self.attention(F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps), batch, rope, k, v))
-        return x + (yield from self.mlp(F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps)))
+        if len(x):
+            normed = F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps)
+            x = x + (yield from self.attention(normed, batch, rope, k, v))
+        normed = F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps)
+        if self.moe:  # without tokens of its own too: others' come to the experts here
+            return x + (yield from self.moe(normed, batch.replicas))
+        return x + (yield from self.mlp(normed)) if self.mlp and len(x) else x
 
 
 def norm_weight(name: str, cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -84,8 +100,9 @@ class Decoder(nn.Module):
     A forward yields at each communication point (`parallel.overlap` says who goes on from there).
     """
 
-    def __init__(self, cfg: ModelConfig, comm: Comm, dtype: torch.dtype) -> None:
+    def __init__(self, cfg: ModelConfig, comm: Comm, dtype: torch.dtype, spread: Spread | None = None) -> None:
         super().__init__()
+        spread = spread or Spread()
         self.mesh = mesh = comm.mesh
         device = mesh.device
         self.cfg, self.dtype = cfg, dtype
@@ -96,7 +113,7 @@ class Decoder(nn.Module):
         if self.first:
             self.embed = VocabParallelEmbedding(embedding, comm, dtype, device)
         self.rope = Rotary(cfg, device)
-        self.layers = nn.ModuleList(Layer(cfg, i, comm, dtype, device) for i in numbers)
+        self.layers = nn.ModuleList(Layer(cfg, i, comm, spread, dtype, device) for i in numbers)
         if self.last:
             self.norm = norm_weight("model.norm.weight", cfg, dtype, device)
             shared = cfg.tied and self.first
@@ -104,6 +121,11 @@ class Decoder(nn.Module):
             self.head = VocabParallelHead(
                 self.embed.weight if shared else parameter([piece], dtype, device), cfg.vocab, comm
             )
+
+    @property
+    def moes(self) -> dict[int, MoE]:
+        """The mixture-of-experts blocks of this stage, by layer number."""
+        return {layer.moe.number: layer.moe for layer in self.layers if isinstance(layer.moe, MoE)}
 
     @property
     def weights_bytes(self) -> int:
@@ -118,7 +140,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> Forward:
         if self.first:
-            x = yield from self.embed(x)
+            x = (yield from self.embed(x)) if len(x) else self.embed.weight[:0]
         rope = self.rope.tables(batch.positions, self.dtype)
         for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
             x = yield from layer(x, batch, rope, k, v)

@@ -10,6 +10,7 @@ from labkit.model.gguf_import import DEFAULT_SHA256, default_gguf, import_gguf
 from labkit.model.shapes import SHAPES
 
 DEFAULT = "smollm2-135m"
+TINY_MOE = Path(__file__).parent / "tiny-moe"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def find(name: str) -> Model:
         return Model(name, _shape(name.removeprefix("random:")), None)
     if name == DEFAULT:
         folder = import_gguf(default_gguf(), sha256=DEFAULT_SHA256)
+    elif name == TINY_MOE.name:
+        folder = TINY_MOE
     elif name.endswith(".gguf"):
         folder = import_gguf(Path(name))
     elif Path(name).is_dir():
@@ -51,7 +54,7 @@ def _shape(name: str) -> ModelConfig:
 def _download(name: str) -> Path:
     if name.count("/") != 1 or name.startswith(("/", ".")):
         raise ModelError(
-            f"no model {name!r}: use {DEFAULT!r}, a folder with config.json and safetensors, a .gguf file, "
+            f"no model {name!r}: use {DEFAULT!r}, 'tiny-moe', a folder with config.json and safetensors, a .gguf file, "
             "random:NAME, or a Hub id like owner/name"
         )
     from huggingface_hub import snapshot_download

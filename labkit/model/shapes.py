@@ -47,6 +47,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "llama", 80, 8192, 28672, 64, 8, 128256,
         max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=_LLAMA3,
     ),
+    "mixtral-8x7b": _shape(
+        "mixtral", 32, 4096, 14336, 32, 8, 32000,
+        max_position_embeddings=32768, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2,
+    ),
+    "mixtral-8x22b": _shape(
+        "mixtral", 56, 6144, 16384, 48, 8, 32000,
+        max_position_embeddings=65536, rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2,
+    ),
+    "qwen3-30b-a3b": _shape(
+        "qwen3_moe", 48, 2048, 6144, 32, 4, 151936, max_position_embeddings=40960, rope_theta=1e6, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+    ),
+    "qwen3-235b-a22b": _shape(
+        "qwen3_moe", 94, 4096, 12288, 64, 4, 151936, max_position_embeddings=40960, rope_theta=1e6, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536, norm_topk_prob=True,
+    ),
     "llama-3.1-405b": _shape(
         "llama", 126, 16384, 53248, 128, 8, 128256,
         max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=_LLAMA3,

@@ -67,11 +67,17 @@ def cut(tokens: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[
     return [part(everyone, [range(n) for n in lengths])]
 
 
-def forward(comm: Comm, decoder: Decoder, cache: KVCache, x: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-    """One stage's forward pass of a step's `x`, ids (N,) or residual (N, hidden), in `parts`; its result as of one piece."""
+def forward(
+    comm: Comm, decoder: Decoder, cache: KVCache, x: torch.Tensor, parts: Sequence[Part],
+    replicas: list[int] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One stage's forward pass of a step's `x`, ids (N,) or residual (N, hidden), in `parts`; its result as of one piece.
+
+    replicas: tokens of each replica in this step, if they take it together; it can't be cut then.
+    """
 
     def batch(part: Part) -> Batch:
-        return Batch.make([len(p) for p in part.pieces], part.starts, part.slots, part.ends, comm.device)
+        return Batch.make([len(p) for p in part.pieces], part.starts, part.slots, part.ends, comm.device, replicas)
 
     if len(parts) == 1:
         return alone(comm, decoder(x, batch(parts[0]), cache))

@@ -19,11 +19,16 @@ def receive(comm: Comm, ids: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     if decoder.first:
         return ids
     x = torch.empty(len(ids), decoder.cfg.hidden, dtype=decoder.dtype, device=comm.device)
-    return comm.recv(x, comm.mesh.pp_rank - 1, "pp", "hidden")
+    return comm.recv(x, comm.mesh.pp_rank - 1, "pp", "hidden") if len(ids) else x
 
 
 def pass_on(comm: Comm, y: torch.Tensor, ids: torch.Tensor | None, sequences: int) -> Pending:
-    """Sends the residual to the next stage, or, from the last one, the sampled ids (B,) to all. Gives the ids, later."""
+    """Sends the residual to the next stage, or, from the last one, the sampled ids (B,) to all. Gives the ids, later.
+
+    A step without tokens here, only in other replicas, sends nothing.
+    """
+    if not sequences:
+        return Pending(lambda: torch.empty(0, dtype=torch.int64, device=comm.device))
     if ids is None:
         comm.send(y, comm.mesh.pp_rank + 1, "pp", "hidden")
         ids = torch.empty(sequences, dtype=torch.int64, device=comm.device)
