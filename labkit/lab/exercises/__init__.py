@@ -3,10 +3,11 @@
 import difflib
 
 from labkit.lab.exercise import Exercise
-from labkit.lab.exercises import communication, memory, tensor
+from labkit.lab.exercises import communication, expert, memory, tensor
 
 EXERCISES: dict[str, Exercise] = {
-    exercise.name: exercise for exercise in (*memory.EXERCISES, *tensor.EXERCISES, *communication.EXERCISES)
+    exercise.name: exercise
+    for exercise in (*memory.EXERCISES, *tensor.EXERCISES, *communication.EXERCISES, *expert.EXERCISES)
 }
 
 
