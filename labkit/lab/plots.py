@@ -13,8 +13,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
 
 from labkit.measure.trace import Span
+from labkit.split import busiest_over_mean
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
@@ -220,6 +223,82 @@ def gains(
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _bare(ax)
     return picture
+
+
+def expert_load(layers: Sequence[Mapping[str, Any]]) -> Picture:
+    """Tokens that asked for each expert, layer by layer (`report["experts"]["layers"]`).
+
+    Where several ranks share the experts, each cell names its rank, and right of a layer stands its busiest rank over the
+    mean; else its busiest expert.
+    """
+    loads = [each["tokens"] for each in layers]
+    spread = [each["placement"] if len(each.get("placement", ())) > 1 else None for each in layers]
+    who = "rank" if any(spread) else "expert"
+    worst = [
+        busiest_over_mean(load, placed or [[e] for e in range(len(load))])
+        for load, placed in zip(loads, spread, strict=True)
+    ]
+    names = [f"layer {each['layer']}" for each in layers]
+    said = "; ".join(
+        f"{name}: {', '.join(map(str, load))}, busiest {who} {ratio:.2f} times the mean"
+        for name, load, ratio in zip(names, loads, worst, strict=True)
+    )
+    picture = Picture(f"Tokens for each expert. {said}.", (8, 1.2 + 0.42 * len(layers)))
+    ax = picture.subplots()
+    owners = [{e: f"  r{rank}" for rank, mine in enumerate(placed or []) for e in mine} for placed in spread]
+    texts = [
+        [f"{count:,}{owner.get(e, '')}" for e, count in enumerate(load)]
+        for load, owner in zip(loads, owners, strict=True)
+    ]
+    shares = [[count * len(load) / max(sum(load), 1) for count in load] for load in loads]
+    image = _heat_map(ax, shares, texts, max(2.0, *map(max, shares)))
+    for row, ratio in enumerate(worst):
+        ax.annotate(f"{ratio:.2f}", (len(loads[row]) - 0.35, row), va="center", fontsize=9, annotation_clip=False)
+    ax.set(title=f"Tokens for each expert; right: busiest {who} / mean", xlabel="expert", aspect="auto")
+    ax.set_yticks(range(len(layers)), names)
+    picture.colorbar(image, ax=ax, label="times the layer's mean", pad=0.1)
+    return picture
+
+
+def byte_matrix(sent: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
+    """Bytes from each rank to each rank, by what was exchanged (`report["experts"]["bytes"]`); grey: stayed where it was.
+
+    Raises ValueError if there is nothing to show: one rank, or an exchange that isn't "all_to_all".
+    """
+    if not sent:
+        raise ValueError("nothing went from rank to rank: serve with several ranks and expert_exchange='all_to_all'")
+    said = "; ".join(
+        f"{what}: " + ", ".join(
+            f"rank {a} to {b} {count / 1e3:.0f}" for a, row in enumerate(matrix) for b, count in enumerate(row)
+        )
+        for what, matrix in sent.items()
+    )  # fmt: skip
+    ranks = len(next(iter(sent.values())))
+    size = (len(sent) * (1.7 + 0.5 * ranks), 1.5 + 0.5 * ranks)
+    picture = Picture(f"kB from each rank to each rank; what is for itself stays. {said}.", size)
+    top = max(n for matrix in sent.values() for a, row in enumerate(matrix) for b, n in enumerate(row) if a != b)
+    for ax, (what, matrix) in zip(picture.subplots(1, len(sent), squeeze=False)[0], sent.items(), strict=True):
+        leaves = [[0.0 if a == b else n for b, n in enumerate(row)] for a, row in enumerate(matrix)]
+        texts = [["" if a == b else f"{n / 1e3:,.0f}" for b, n in enumerate(row)] for a, row in enumerate(matrix)]
+        _heat_map(ax, leaves, texts, 1.3 * top or 1.0)
+        for r in range(ranks):
+            ax.add_patch(Rectangle((r - 0.5, r - 0.5), 1, 1, facecolor="#dddddd", edgecolor="white", hatch="///"))
+            ax.text(r, r, f"{matrix[r][r] / 1e3:,.0f}", fontsize=8, ha="center", va="center", bbox=_PLATE)
+        ax.set(title=f"{what}, kB", xlabel="to rank", ylabel="from rank", yticks=range(ranks))
+        ax.title.set_fontsize(9)
+    return picture
+
+
+def _heat_map(ax: Axes, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], top: float) -> AxesImage:
+    """Cells as dark as their value, with a text in each; `top` is the darkest."""
+    image = ax.imshow(values, cmap="Blues", vmin=0, vmax=top)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            ink = "white" if value > 0.55 * top else "black"
+            ax.text(x, y, texts[y][x], fontsize=8, ha="center", va="center", color=ink)
+    ax.set_xticks(range(len(values[0])))
+    _bare(ax)
+    return image
 
 
 def _bare(ax: Axes) -> None:
