@@ -248,7 +248,7 @@ def bench_experts(
         link=link, text=text,
     )  # fmt: skip
     columns = ("name", "ttft_ms", "prefill_speedup", "tpot_ms", "decode_speedup", "exchange_bytes", "busiest_over_mean")
-    finish({"results": rows}, as_json, lambda: _table(rows, (*columns, "same_tokens")))
+    finish({"results": rows}, as_json, lambda: _table(rows, columns))
 
 
 @bench.command("collectives")
@@ -344,16 +344,22 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     table = Table(title=f"{common}, {rows[0]['prompt_tokens']} prompt tokens; {rows[0]['hardware']}")
     linked = [row for row in rows if row.get("link")]
     for name in (*columns, *(("link: Gbit/s asked, measured",) if linked else ())):
-        table.add_column(name.replace("_", " "))
+        table.add_column(name.replace("_", " "), no_wrap=name == "name")
     for row in rows:
         link = row.get("link")
         rates = (
             [f"{link['asked_gbit_per_s']:.3g}, {link['measured_gbit_per_s']:.3g}" if link else "-"] if linked else []
         )
-        table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns), *rates)
+        table.add_row(*(_cell(row[c]) for c in columns), *rates)
     console.print(table)
     for text in sorted({row["link"]["label"] for row in linked}):
         console.print(f"link: {text}")
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _degrees(report: dict[str, Any]) -> str:

@@ -218,7 +218,13 @@ class Comm:
         self, x: torch.Tensor, send_rows: list[int], recv_rows: list[int], axis: str = "world", what: str = ""
     ) -> torch.Tensor:
         """Rows of `x`, `send_rows[i]` of them to the i-th rank of `axis`; returns `recv_rows[i]` rows from each, in order."""
-        if self.mesh.size(axis) == 1:
+        n = self.mesh.size(axis)
+        if not len(send_rows) == len(recv_rows) == n or sum(send_rows) != len(x) or min(*send_rows, *recv_rows) < 0:
+            raise ValueError(
+                f"all_to_all of {len(x)} rows over {n} ranks: send_rows={send_rows} must be {n} numbers that add up to them, "
+                f"recv_rows={recv_rows} {n} numbers"
+            )
+        if n == 1:
             return x
         y = self._stage(x)
         out = torch.empty((sum(recv_rows), *x.shape[1:]), dtype=y.dtype, device=y.device)

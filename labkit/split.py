@@ -103,8 +103,9 @@ def experts(n: int, ranks: int, how: str = "contiguous") -> list[list[int]]:
 def experts_by_load(load: Sequence[float], ranks: int) -> list[list[int]]:
     """Experts over `ranks` so that the busiest rank has little more than the mean: `load[e]` is expert e's, in any unit.
 
-    No rank gets more experts than others by more than one. Heaviest first, each to the rank with the least load so far
-    that has room (LPT, Graham 1969, doi:10.1137/0117039); then pairs change places as long as that helps the busier rank.
+    No rank gets more experts than others by more than one. Heaviest first, each to the rank with the least load so far that
+    has room (LPT, Graham 1969, doi:10.1137/0117039); then pairs change places as long as that helps the busier rank. Close to
+    the best there is, not always equal to it.
     """
     sizes = [len(part) for part in experts(len(load), ranks)]
     placed: list[list[int]] = [[] for _ in range(ranks)]

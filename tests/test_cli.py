@@ -50,8 +50,11 @@ def test_generate_for_people() -> None:
     assert "Paris" in done.stdout and "TPOT" in done.stdout
 
 
-def test_torchrun_gives_the_same_tokens_and_prints_once() -> None:
-    arguments = ["generate", "The tide", "--tp", "2", "--max-tokens", "6", "--json"]
+@pytest.mark.parametrize(
+    "layout", [["--tp", "2"], ["--dp", "2", "--ep", "--model", "tiny-moe"]], ids=["tensor", "expert"]
+)
+def test_torchrun_gives_the_same_tokens_and_prints_once(layout: list[str]) -> None:
+    arguments = ["generate", "The tide", *layout, "--max-tokens", "6", "--json"]
     launched = json.loads(labkit(*arguments).stdout)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "labkit", *arguments],
@@ -61,6 +64,23 @@ def test_torchrun_gives_the_same_tokens_and_prints_once() -> None:
     assert in_place["token_ids"] == launched["token_ids"]
     check_report(in_place["report"], launched["layout"])
     assert [r["rank"] for r in in_place["report"]["ranks"]] == [0, 1]
+
+
+def test_bench_experts() -> None:
+    sizes = ["--batch", "2", "--prompt", "16", "--tokens", "3", "--repeats", "1"]
+    done = labkit("bench", "experts", *sizes, "--dtype", "float32", "--json")
+    rows = {row["name"]: row for row in json.loads(done.stdout)["results"]}
+    assert [row["layout"]["ep"] for row in rows.values()] == [2] * 5 + [1] * 3
+    assert rows.keys() >= {"all_to_all, by load", "TP=2 in experts", "one rank"}
+    assert all(row["same_tokens"] for row in rows.values())
+    hidden, prompts = 192, 32
+    assert rows["TP=2 in experts"]["exchange_bytes"] == hidden * 4  # ring of two: 2 (n - 1) / n = 1 payload
+    assert rows["all_gather"]["exchange_bytes"] == hidden * 4  # half of the tokens each, there and back
+    assert rows["2 replicas"]["exchange_bytes"] == rows["one rank"]["exchange_bytes"] == 0
+    for row in (row for row in rows.values() if row["layout"]["ep"] == 2):
+        assert sum(rows["one rank"]["experts"]["layers"][0]["tokens"]) == sum(row["experts"]["layers"][0]["tokens"])
+        assert row["busiest_over_mean"] >= 1 and sum(r["prompt_tokens"] for r in row["ranks"]) == prompts
+    assert "has no experts" in labkit("bench", "experts", "--model", "random:smollm2-135m", *sizes, code=2).stderr
 
 
 def test_bench_decode() -> None:

@@ -61,14 +61,14 @@ def test_operations_and_their_bytes(n: int) -> None:
 def along_axes(comm: Comm) -> dict:
     return {
         axis: comm.all_gather(torch.tensor([comm.rank]), axis).flatten().tolist()
-        for axis in ("tp", "pp", "dp", "world")
+        for axis in ("tp", "pp", "dp", "ep", "world")
     }
 
 
 def test_axes_are_those_of_the_layout() -> None:
-    layout = Layout(tp=2, pp=2, dp=2)
+    layout = Layout(tp=2, pp=2, dp=2, expert_parallel=True)
     for rank, seen in enumerate(run(along_axes, layout=layout)):
-        assert seen == {axis: layout.peers(rank, axis) for axis in ("tp", "pp", "dp", "world")}
+        assert seen == {axis: layout.peers(rank, axis) for axis in ("tp", "pp", "dp", "ep", "world")}
 
 
 def alone(comm: Comm) -> tuple:
@@ -79,6 +79,18 @@ def alone(comm: Comm) -> tuple:
 
 def test_a_group_of_one_moves_and_counts_nothing() -> None:
     assert run(alone, layout=Layout(pp=2)) == [(True, (1, 3), 0)] * 2
+
+
+@pytest.mark.parametrize("shared_memory", [True, False])
+@pytest.mark.parametrize(("send", "receive"), [([2, 2], [1, 1]), ([3], [3]), ([4, -1], [1, 1])])
+def test_rows_that_do_not_add_up_are_refused_before_anything_is_read(
+    send: list, receive: list, shared_memory: bool
+) -> None:
+    def exchange(comm: Comm) -> None:
+        comm.all_to_all(torch.ones(3, 2), send, receive)
+
+    with pytest.raises(RankError, match=r"all_to_all of 3 rows over 2 ranks: send_rows=.* must be 2 numbers"):
+        run(exchange, 2, shared_memory=shared_memory)
 
 
 def reductions_in_many_dtypes(comm: Comm) -> list[torch.Tensor]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_serving import GREEDY, llm_of
 
-from labkit import run
+from labkit import LLM, run
 from labkit.comm import Comm
 from labkit.mesh import Layout, pick_backend
+from labkit.parallel.expert import EXCHANGES
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -46,3 +47,15 @@ def test_symmetric_memory_adds_up_as_nccl_does() -> None:
 
     for joined, same in run(sums, 2):
         assert joined and all(same)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs; none or one here")
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_expert_parallel_tokens_on_gpus(exchange: str) -> None:
+    tokens = []
+    for options in ({}, {"data_parallel_size": 2, "enable_expert_parallel": True, "expert_exchange": exchange}):
+        with LLM("tiny-moe", dtype="float32", max_model_len=256, **options) as llm:
+            outputs = llm.generate(["And it came to pass", "In the beginning", "The"], GREEDY)
+        tokens.append([o.outputs[0].token_ids for o in outputs])
+    assert tokens[0] == tokens[1]

@@ -51,6 +51,7 @@ def assemble(
             {
                 **{k: v for k, v in r.items() if k not in ("comm", "events", "experts")},
                 "decode_comm_ms_per_token": _decode_comm_ms(r),
+                "wire_bytes": _wire_bytes(r),
             }
             for r in ranks
         ],
@@ -62,6 +63,15 @@ def assemble(
 def _decode_comm_ms(rank: dict[str, Any]) -> float:
     """Time of one rank inside operations, waiting included, per decode step of one sequence."""
     return sum(e["seconds"] * 1e3 / max(e["tokens"], 1) for e in rank["comm"] if e["phase"] == "decode")
+
+
+def _wire_bytes(rank: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What one rank sent, by phase and by what it carried."""
+    sent: dict[str, dict[str, int]] = {"prefill": {}, "decode": {}}
+    for entry in rank["comm"]:
+        kinds = sent.setdefault(entry["phase"], {})
+        kinds[entry["what"]] = kinds.get(entry["what"], 0) + entry["wire_bytes"]
+    return sent
 
 
 def _experts(layout: Layout, exchange: str, ranks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -105,6 +115,8 @@ def _comm(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for rank in ranks:
         for entry in rank["comm"]:
+            if not entry["tokens"] and entry["phase"]:
+                continue  # it only took part in steps of other replicas
             tokens = max(entry["tokens"], 1)
             name = {k: entry[k] for k in ("op", "axis", "phase", "what")}
             row = rows.setdefault(tuple(name.values()), {**name, **dict.fromkeys(_PER_TOKEN, 0.0)})

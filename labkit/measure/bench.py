@@ -35,7 +35,8 @@ def in_turns(
         repeats: rounds that count, after one to warm up.
 
     Returns a row for each variant: the report (`LLM.report`) of its median run, by TPOT or, for one token, by time, with
-    `name`, `seconds` and `seconds_all` (sorted), the workload, and `same_tokens`: whether it generated what the first did.
+    `name`, `seconds`, all `seconds_all` and `ttft_ms_all` (sorted), the workload, and `same_tokens`: whether it generated what
+    the first did.
     """
     if min(batch, prompt, tokens, repeats) < 1:
         raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
@@ -64,6 +65,7 @@ def in_turns(
         rows.append(ranked[(len(ranked) - 1) // 2] | {
             "name": name, "model": model, "batch": batch, "prompt_tokens": prompt, "new_tokens": tokens, "repeats": repeats,
             "seconds_all": sorted(r["seconds"] for r in ranked), "tpot_ms_all": [r["tpot_ms"] for r in ranked],
+            "ttft_ms_all": sorted(r["ttft_ms"] for r in ranked),
             "same_tokens": ids[name] == ids[next(iter(ids))],
         })  # fmt: skip
     return rows
@@ -175,12 +177,13 @@ def experts(
         model, variants, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, prompts=others, **common
     )
     for row in rows:
-        sent = [
-            c["wire_bytes_per_token"] for c in row["comm"]
-            if c["phase"] == "prefill" and c["what"] in ("counts", "dispatch", "combine", "tokens", "mlp")
-        ]  # fmt: skip
-        row["exchange_bytes"] = sum(sent) / row["layout"]["dp"] / len(report["layers"])
+        sent = [rank["wire_bytes"]["prefill"] for rank in row["ranks"]]
+        kinds = ("counts", "dispatch", "combine", "tokens", "mlp")
+        most = max(sum(each.get(kind, 0) for kind in kinds) for each in sent)
+        row["exchange_bytes"] = most / (batch * prompt) / len(report["layers"])
         row["busiest_over_mean"] = row["experts"]["busiest_over_mean"]
+        row["ttft_ms"] = median(row["ttft_ms_all"])  # of its own, not that of the run with the median TPOT
+    for row in rows:
         row["prefill_speedup"] = rows[-1]["ttft_ms"] / row["ttft_ms"]
         row["decode_speedup"] = rows[-1]["tpot_ms"] / row["tpot_ms"] if row["tpot_ms"] else None
     return rows
@@ -194,7 +197,8 @@ def _prompts(model: str, text: Path | None, batch: int, prompt: int) -> tuple[li
     else:
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(find(model).folder)(text.read_text(encoding="utf-8")).input_ids
+        tokenizer = AutoTokenizer.from_pretrained(find(model).folder).backend_tokenizer
+        ids = tokenizer.encode(text.read_text(encoding="utf-8"), add_special_tokens=False).ids
         if len(ids) < 2 * batch * prompt:
             raise ValueError(f"{text} has {len(ids)} tokens; 2 x batch x prompt = {2 * batch * prompt} are needed")
     pieces = [ids[i * prompt : (i + 1) * prompt] for i in range(2 * batch)]

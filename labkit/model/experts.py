@@ -57,25 +57,23 @@ class Experts(nn.Module):
         slots, weights (R, k): a row's experts as slots, len(held) for one that is elsewhere, and their weights.
         counts: how many rows each slot has; known by the caller, who has to look at numbers on the host anyway.
         """
-        (rows, hidden), k = x.shape, slots.shape[1]
-        # Sorted by slot, those for elsewhere last: each expert's rows lie together, for one product.
+        hidden, k = x.shape[1], slots.shape[1]
+        # Sorted by slot, those for elsewhere last: each expert's rows lie together, for one grouped product.
         order = slots.flatten().argsort(stable=True)[: sum(counts)]
-        sorted_x = x[order // k]
-        results = [
-            F.linear(_swiglu(F.linear(mine, gate_up)), down)
-            for mine, gate_up, down in zip(
-                sorted_x.split(list(counts)),
-                self.gate_up.view(len(self.held), -1, hidden),
-                self.down.view(len(self.held), hidden, -1),
-                strict=True,
-            )
-            if len(mine)
-        ]
-        # Added up in the router's order, not in that of arrival: the same bits every time.
-        each = x.new_zeros(rows * k, hidden)
-        if results:
-            each[order] = torch.cat(results) * weights.flatten()[order].unsqueeze(1).to(x.dtype)
-        return each.view(rows, k, hidden).sum(1)
+        rows = order // k
+        inner = _swiglu(_grouped(x[rows], self.gate_up.view(len(self.held), -1, hidden), counts))
+        results = _grouped(inner, self.down.view(len(self.held), hidden, -1), counts)
+        weighted = results * weights.flatten()[order].unsqueeze(1).to(x.dtype)
+        return torch.zeros_like(x).index_add_(0, rows, weighted)
+
+
+def _grouped(x: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The first counts[0] rows of x (R, in) times weights[0] of (slots, out, in), the next counts[1] times weights[1], ..."""
+    aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])  # what PyTorch's grouped product asks for
+    if aligned and len(x):
+        ends = torch.tensor(counts, device=x.device).cumsum(0).int()
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    return torch.cat([F.linear(mine, weight) for mine, weight in zip(x.split(list(counts)), weights, strict=True)])
 
 
 def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:

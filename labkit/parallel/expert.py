@@ -130,10 +130,10 @@ class MoE(nn.Module):
         counts = torch.cat([goes.sum(1).flatten(), self._per_slot(slots)]).tolist()  # goes: (ep, rows, ep)
         table = [counts[i : i + self.ranks] for i in range(0, self.ranks**2, self.ranks)]
         send, receive = table[me], [row[me] for row in table]
-        sent = (
-            _where(goes[me].T, sum(send)) % rows
-        )  # my tokens, by destination; a token's experts on one rank make one row
-        came = _where(goes[:, :, me], sum(receive))  # those that come, by source: rows of `slots`
+        # My tokens by destination: of the table (ep, rows), read row by row, place `to * rows + token` is this token, for rank
+        # `to`. Its experts on one rank make one row.
+        sent = _where(goes[me].T, sum(send)) % rows
+        came = _where(goes[:, :, me], sum(receive))  # by source, those that come: rows of `slots`
         arrived = self.comm.all_to_all(mine[sent], send, receive, "ep", "dispatch")
         y = self.experts(arrived, slots[came], weights.view(-1, k)[came], counts[self.ranks**2 :])
         back = self.comm.all_to_all(y, receive, send, "ep", "combine")
