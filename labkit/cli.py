@@ -183,7 +183,7 @@ def bench_prefill(
     ep: Ep = False,
     batch: Batch = 4,
     prompt: PromptTokens = 512,
-    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass; a prompt is never split")] = 512,
+    step: Annotated[int, typer.Option(help="tokens of one forward pass; a longer prompt is computed in pieces")] = 512,
     repeats: Repeats = 3,
     threads: Threads = None,
     link: LinkRate = None,

@@ -37,13 +37,17 @@ def logits_of_all_families(comm: Comm, folders: dict[str, Path], mode: str = "no
 def _logits(comm: Comm, folder: Path, mode: str = "none") -> list[torch.Tensor]:
     decoder = Decoder(ModelConfig.read(folder), comm, torch.float32)
     fill(decoder.parameters(), Checkpoint(folder))
-    cache = decoder.cache(slots=5, length=16)
-    slots = [3, 0, 1]  # not neighbours, not in order
+    cache = decoder.cache(blocks=12, size=4)
+    tables = [[3, 0, 7], [11, 2], [5]]  # not neighbours, not in order
     starts, tokens, out = [0, 0, 0], PROMPTS, []
     for step in range(4):
         ids = torch.tensor([i for t in tokens for i in t])
         y = overlap.forward(
-            comm, decoder, cache, pipeline.receive(comm, ids, decoder), overlap.cut(tokens, starts, slots, mode)
+            comm,
+            decoder,
+            cache,
+            pipeline.receive(comm, ids, decoder),
+            overlap.cut(tokens, starts, tables, [True] * 3, mode),
         )
         if decoder.last:
             out.append(decoder.head.gather(y))

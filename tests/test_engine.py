@@ -10,7 +10,7 @@ from labkit import Layout, SamplingParams, run
 from labkit.comm import Comm
 from labkit.engine.core import Engine, EngineOptions
 from labkit.engine.requests import Request
-from labkit.engine.scheduler import Scheduler
+from labkit.engine.scheduler import Scheduler, Step
 from labkit.launch.local import RankError
 from labkit.model.config import ModelConfig
 from labkit.model.find import Model
@@ -22,48 +22,103 @@ def request(index: int, prompt: int, tokens: int) -> Request:
     return Request(index, [index % 7] * prompt, params, seed=0, stop_ids=frozenset({99}), max_tokens=tokens)
 
 
+SIZE = 4  # tokens in a cache block
+
+
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6)), min_size=1, max_size=25),
-    st.integers(1, 4),
-    st.integers(1, 5),
-    st.integers(1, 40),
-    st.data(),
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6)), min_size=1, max_size=25),
+    lanes=st.integers(1, 4),
+    sequences=st.integers(1, 6),
+    blocks=st.integers(9, 60),  # 9 hold the longest request
+    budget=st.integers(1, 40),
+    data=st.data(),
 )
-def test_every_request_is_served_whatever_the_lanes_slots_and_ends(
-    sizes: list, lanes: int, slots: int, max_prefill: int, data: st.DataObject
+def test_every_request_is_served_whatever_lanes_blocks_budget_and_ends(
+    sizes: list, lanes: int, sequences: int, blocks: int, budget: int, data: st.DataObject
 ) -> None:
     requests = [request(i, *size) for i, size in enumerate(sizes)]
-    scheduler = Scheduler(list(requests), lanes, slots, max_prefill)
-    first_prefills: list[int] = []
-    for tick in range(10_000):
-        if scheduler.done:
-            break
+    scheduler = Scheduler(requests, lanes=lanes, sequences=sequences, blocks=blocks, size=SIZE, budget=budget)
+    cached: dict[int, list[int]] = {}  # of each block, the tokens whose K and V are in it
+    flying: dict[int, tuple[Step, list[int]]] = {}
+    arrived: list[int] = []
+    for tick in range(20_000):
         lane = tick % lanes
+        if lane in flying:
+            step, ids = flying.pop(lane)
+            scheduler.commit(lane, step, ids)
+        if scheduler.done and not flying:
+            break
         step = scheduler.next_step(lane)
         if step is None:
             continue
-        assert len(set(step.slots)) == len(step.slots) <= slots
-        assert all(lane * slots <= slot < (lane + 1) * slots for slot in step.slots)
-        prompt_tokens = sum(len(t) for t in step.tokens)
-        if step.prefill:
-            first_prefills += [r.index for r in step.requests]
-            assert prompt_tokens <= max_prefill or len(step.requests) == 1
-        else:
-            assert prompt_tokens == len(step.requests)
-        assert step.positions == [len(r.prompt_ids) + len(r.output_ids) for r in step.requests]
-        ends = data.draw(st.integers(0, len(step.requests) - 1)) if tick % 5 == 0 else None
-        scheduler.commit(lane, step, [99 if i == ends else 1 for i in range(len(step.requests))])
+        _check(step, scheduler, cached, budget)
+        arrived += sorted(r.index for r in step.requests if r.index not in arrived)
+        active = {id(r) for r in scheduler.filling} | {id(r) for running in scheduler.running for r in running}
+        assert len(active) <= sequences
+        end = data.draw(st.integers(0, len(step.sampled))) if tick % 5 == 0 else None
+        flying[lane] = step, [99 if i == end else 1 + i % 3 for i in range(len(step.sampled))]
     assert scheduler.done
-    assert first_prefills == list(range(len(requests))), "first come, first served"
+    assert arrived == sorted(arrived), "first come, first served"
     assert all(r.finish_reason for r in requests)
     assert all(len(r.output_ids) == r.max_tokens or r.output_ids[-1] == 99 for r in requests)
+    assert sorted(scheduler.free) == list(range(blocks)), "every block came back"
+
+
+def _check(step: Step, scheduler: Scheduler, cached: dict[int, list[int]], budget: int) -> None:
+    """Attention of `step` will find the tokens before its own where their K and V were put, whatever happened since."""
+    lengths = [len(t) for t in step.tokens]
+    running = sum(1 for n, r in zip(lengths, step.requests, strict=True) if n == 1 and r.output_ids)
+    assert sum(lengths) <= max(budget, running)
+    assert lengths == [n for n in lengths if n == 1] + [n for n in lengths if n > 1], "single tokens first"
+    owners = [
+        block for r in (*scheduler.filling, *(r for lane in scheduler.running for r in lane)) for block in r.blocks
+    ]
+    assert len(owners) == len(set(owners)), "no block has two owners"
+    for request, tokens, start, table, end in zip(
+        step.requests, step.tokens, step.starts, step.tables, step.ends, strict=True
+    ):
+        assert tokens == request.tokens[start : start + len(tokens)]
+        assert end == (start + len(tokens) == len(request.tokens))
+        for position in range(start, start + len(tokens)):
+            block = cached.setdefault(table[position // SIZE], [0] * SIZE)
+            block[position % SIZE] = (request.index, position)  # type: ignore[call-overload]
+        seen = [cached[table[p // SIZE]][p % SIZE] for p in range(start + len(tokens))]
+        assert seen == [(request.index, p) for p in range(start + len(tokens))]
 
 
 def test_lanes_share_the_requests_evenly() -> None:
-    scheduler = Scheduler([request(i, 3, 4) for i in range(7)], lanes=3, slots=16, max_prefill=1000)
+    scheduler = Scheduler([request(i, 3, 4) for i in range(7)], lanes=3, sequences=16, blocks=99, size=4, budget=1000)
     steps = [scheduler.next_step(lane) for lane in range(3)]
     assert [len(step.requests) for step in steps if step] == [len(share) for share in even(7, 3)]
+
+
+def test_pieces_of_one_prompt_follow_each_other_through_the_lanes_and_share_steps_with_decode() -> None:
+    long, short = request(0, 10, 2), request(1, 2, 9)
+    scheduler = Scheduler([long, short], lanes=2, sequences=4, blocks=99, size=4, budget=4)
+    steps = []
+    for tick in range(6):
+        step = scheduler.next_step(tick % 2)
+        steps.append([(r.index, len(t)) for r, t in zip(step.requests, step.tokens, strict=True)] if step else [])
+        if step:
+            scheduler.commit(tick % 2, step, [1] * len(step.sampled))
+    # Three pieces in three turns, two lanes; behind its end the other prompt, in the lane that has room.
+    assert steps[:4] == [[(0, 4)], [(0, 4)], [(0, 2)], [(1, 2)]]
+    assert steps[4:] == [[(0, 1)], [(1, 1)]]
+
+
+def test_when_blocks_run_out_the_youngest_waits_and_loses_nothing() -> None:
+    old, young = request(0, 6, 8), request(1, 6, 8)
+    scheduler = Scheduler([old, young], lanes=1, sequences=4, blocks=5, size=4, budget=64)
+    finished, again = [], 0
+    while not scheduler.done:
+        step = scheduler.next_step(0)
+        assert step
+        again += step.recomputed_tokens
+        finished += [r.index for r in scheduler.commit(0, step, [1] * len(step.sampled))]
+    assert finished == [0, 1]
+    assert scheduler.preemptions >= 1 and again >= len(young.prompt_ids)
+    assert old.output_ids == young.output_ids == [1] * 8
 
 
 def tiny_model() -> Model:

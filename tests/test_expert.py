@@ -55,7 +55,7 @@ def _logits_and_tallies(comm: Comm, folder: Path, spread: Spread) -> tuple[list[
     dp, replica = comm.mesh.layout.dp, comm.mesh.dp_rank
     decoder = Decoder(ModelConfig.read(folder), comm, torch.float32, spread)
     fill(decoder.parameters(), Checkpoint(folder))
-    cache = decoder.cache(slots=3, length=16)
+    cache = decoder.cache(blocks=3, size=16)
     comm.reset()
     out, sent = [], {}
     for step in range(4):
@@ -64,7 +64,7 @@ def _logits_and_tallies(comm: Comm, folder: Path, spread: Spread) -> tuple[list[
         mine = tokens[replica::dp]  # none for the fourth replica
         starts = [0 if step == 0 else len(p) + step - 1 for p in PROMPTS[replica::dp]]
         ids = torch.tensor([i for t in mine for i in t], dtype=torch.int64)
-        parts = overlap.cut(mine, starts, list(range(len(mine))))
+        parts = overlap.cut(mine, starts, [[i] for i in range(len(mine))], [True] * len(mine))
         y = overlap.forward(comm, decoder, cache, pipeline.receive(comm, ids, decoder), parts, replicas)
         if decoder.last and mine:
             out.append(decoder.head.gather(y))

@@ -34,11 +34,11 @@ dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=16)
 with FakeTensorMode(), torch.inference_mode():
     comm = Comm(Mesh(Layout(tp=8, pp=2), torch.device("cuda")), timed=False)
     decoder = Decoder(find("random:llama-3.1-405b").config, comm, torch.bfloat16)
-    cache = decoder.cache(slots=3, length=64)
+    cache = decoder.cache(blocks=3, size=64)
     for tokens, starts in (([[1] * 9, [2] * 4], [0, 0]), ([[1], [2]], [9, 4])):
         ids = torch.tensor([i for t in tokens for i in t], device=comm.device)
         x = pipeline.receive(comm, ids, decoder)
-        y = overlap.forward(comm, decoder, cache, x, overlap.cut(tokens, starts, [2, 0]))
+        y = overlap.forward(comm, decoder, cache, x, overlap.cut(tokens, starts, [[2], [0]], [True, True]))
         if fault == "cpu mask":
             y = y + torch.ones(y.shape)
         if fault == "cpu collective":

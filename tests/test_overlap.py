@@ -26,14 +26,14 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 def test_parts_hold_each_token_once_in_order(lengths: list[int], decode: bool, mode: str) -> None:
     lengths = [1] * len(lengths) if decode else lengths
     starts = [7 * decode] * len(lengths)
-    slots = list(range(10, 10 + len(lengths)))
-    parts = overlap.cut([[0] * n for n in lengths], starts, slots, mode)
+    slots = [[i] for i in range(10, 10 + len(lengths))]
+    parts = overlap.cut([[0] * n for n in lengths], starts, slots, [True] * len(lengths), mode)
     assert len(parts) == 2 if mode == "two-batch" and len(lengths) > 1 else len(parts) <= 2
     seen: dict[int, list[int]] = {}
     for part in parts:
         assert part.sequences
         for i, piece, start, slot, end in zip(
-            part.sequences, part.pieces, part.starts, part.slots, part.ends, strict=True
+            part.sequences, part.pieces, part.starts, part.tables, part.ends, strict=True
         ):
             assert (start, slot) == (starts[i] + piece.start, slots[i])
             seen.setdefault(i, []).extend(piece)

@@ -7,7 +7,6 @@ from labkit import Layout, SamplingParams, run
 from labkit.comm import Comm
 from labkit.engine.requests import Request
 from labkit.engine.sampling import sample
-from labkit.engine.scheduler import Step
 from labkit.parallel.tensor import VocabParallelHead
 
 VOCAB, DRAWS = 11, 4000
@@ -17,9 +16,8 @@ def draws(comm: Comm, logits: torch.Tensor, params: SamplingParams) -> list[int]
     """One draw from `logits` (VOCAB,) for each of DRAWS requests with seeds of their own."""
     head = VocabParallelHead(torch.nn.Parameter(torch.empty(0)), VOCAB, comm)
     requests = [Request(i, [1], params, seed=i, stop_ids=frozenset(), max_tokens=1) for i in range(DRAWS)]
-    step = Step(True, requests, list(range(DRAWS)), [[1]] * DRAWS, [0] * DRAWS)
     part = logits[head.rows.start : head.rows.stop].repeat(DRAWS, 1)
-    return sample(part, step, head).tolist()
+    return sample(part, requests, head).tolist()
 
 
 @pytest.mark.parametrize(
@@ -30,9 +28,11 @@ def draws(comm: Comm, logits: torch.Tensor, params: SamplingParams) -> list[int]
         SamplingParams(temperature=1.0, top_k=3),
         SamplingParams(temperature=1.0, top_p=0.6),
         SamplingParams(temperature=2.0, top_k=5, top_p=0.8),
+        SamplingParams(temperature=1.0, min_p=0.3),
+        SamplingParams(temperature=0.7, top_k=6, top_p=0.9, min_p=0.2),
         SamplingParams(temperature=0.0),
     ],
-    ids=lambda p: f"t{p.temperature}-k{p.top_k}-p{p.top_p}",
+    ids=lambda p: f"t{p.temperature}-k{p.top_k}-p{p.top_p}-m{p.min_p}",
 )
 def test_draws_follow_the_restricted_softmax(params: SamplingParams) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(5)) * 1.5
@@ -53,6 +53,7 @@ def test_draws_follow_the_restricted_softmax(params: SamplingParams) -> None:
             kept.append(i)
             total += float(expected[i])
     expected[[i for i in range(VOCAB) if i not in kept]] = 0
+    expected[expected < params.min_p * expected.max()] = 0
     expected /= expected.sum()
     seen = torch.tensor(ranks[0]).bincount(minlength=VOCAB) / DRAWS
     assert not seen[expected == 0].any()
@@ -60,7 +61,21 @@ def test_draws_follow_the_restricted_softmax(params: SamplingParams) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -2}, {"max_tokens": 0}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_k": -2},
+        {"max_tokens": 0},
+        {"n": 0},
+        {"min_p": 1.5},
+        {"logprobs": -1},
+        {"stop": ""},
+        {"stop": ["a", ""]},
+        {"presence_penalty": 3},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_values_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*: use"):

@@ -10,14 +10,18 @@ import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from labkit.comm import Comm, Pending
 from labkit.engine.requests import Request, Token
-from labkit.engine.sampling import sample
+from labkit.engine.sampling import empty, sample
 from labkit.engine.scheduler import Scheduler, Step
 from labkit.model.checkpoint import fill
 from labkit.model.decoder import Decoder
@@ -25,6 +29,7 @@ from labkit.model.find import Model
 from labkit.parallel import overlap, pipeline
 from labkit.parallel.expert import Spread
 
+BLOCK = 16  # tokens in a block of the KV cache
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,6 +48,7 @@ class EngineOptions:
     max_num_batched_tokens: int
     seed: int
     overlap: str = "none"
+    kv_cache_tokens: int | None = None
     spread: Spread = field(default_factory=Spread)
     trace: bool = False
     debug: bool = False
@@ -57,8 +63,10 @@ class Counts:
 
     prompt_tokens: int = 0
     prefill_steps: int = 0
-    decode_tokens: int = 0  # tokens sampled in decode steps
+    decode_tokens: int = 0  # tokens sampled in decode steps, those without any prompt tokens
     decode_steps: int = 0
+    preemptions: int = 0  # times that a request gave up its cache blocks
+    recomputed_tokens: int = 0
     ticks: int = 0  # turns of the lanes from the first step to the last, with or without work
     seconds: float = 0.0
 
@@ -68,8 +76,7 @@ class Engine:
 
     def __init__(self, model: Model, comm: Comm, options: EngineOptions) -> None:
         self.comm, self.options = comm, options
-        self.lanes = comm.mesh.layout.pp
-        self.slots = -(-options.max_num_seqs // self.lanes)
+        self.model, self.lanes = model, comm.mesh.layout.pp
         # Replicas that share experts take each step together, each following all plans; others go their own ways.
         layout, self.replica = comm.mesh.layout, comm.mesh.dp_rank
         self.together = layout.dp > 1 and layout.ep > 1
@@ -80,8 +87,23 @@ class Engine:
         with torch.inference_mode():
             self.decoder = Decoder(model.config, comm, DTYPES[options.dtype], options.spread)
             fill(self.decoder.parameters(), weights)
-            self.cache = self.decoder.cache(self.lanes * self.slots, options.max_model_len)
+            self.cache = self.decoder.cache(self._blocks(), BLOCK)
         self.bytes_read = weights.bytes_read
+
+    def _blocks(self) -> int:
+        """How many blocks of KV cache each rank can have: as many as `max_num_seqs` of the longest sequences need, or fewer
+        where memory is short on any rank."""
+        longest, count = -(-self.options.max_model_len // BLOCK), self.options.max_num_seqs
+        wanted = longest * count if self.options.kv_cache_tokens is None else -(-self.options.kv_cache_tokens // BLOCK)
+        fits = int(_free_memory(self.comm.device, self.comm.world_size) // self.decoder.cache(1, BLOCK).bytes)
+        everyones = self.comm.all_gather(torch.tensor([min(wanted, fits)], device=self.comm.device), "world", "plan")
+        blocks = int(everyones.min())
+        if blocks < longest:
+            raise ValueError(
+                f"the KV cache has room for {blocks * BLOCK} tokens, max_model_len={self.options.max_model_len} needs "
+                f"{longest * BLOCK}: use a smaller max_model_len, a larger kv_cache_tokens, or more ranks"
+            )
+        return blocks
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[list[Token]]:
@@ -92,24 +114,29 @@ class Engine:
             moe.load.zero_()
         counts = self.counts = Counts()
         began = time.perf_counter()
-        limit = self.options.max_num_batched_tokens
+        self._watch_for_stops(requests)
         schedulers = {
-            replica: Scheduler(requests[replica :: self.comm.mesh.layout.dp], self.lanes, self.slots, limit)
+            replica: Scheduler(
+                requests[replica :: self.comm.mesh.layout.dp], lanes=self.lanes, sequences=self.options.max_num_seqs,
+                blocks=self.cache.blocks, size=BLOCK, budget=self.options.max_num_batched_tokens,
+            )
             for replica in self.followed
-        }
+        }  # fmt: skip
+        queued: dict[int, float] = {}
         flying: dict[int, tuple[Plan, Pending]] = {}
         tick = 0
         while flying or not all(scheduler.done for scheduler in schedulers.values()):
             lane = tick % self.lanes
             if lane in flying:
                 plan, pending = flying.pop(lane)
-                ids = self._ids(plan, pending.wait())
+                sampled = pending.wait()
+                ids = self._ids(plan, sampled)
                 for replica, step in plan.items():
                     schedulers[replica].commit(lane, step, ids[replica])
                 now = time.perf_counter() - began
-                if own := plan.get(self.replica):
-                    done = zip(own.requests, ids[self.replica], strict=True)
-                    yield [Token(r.index, i, now, r.finish_reason) for r, i in done]
+                if (own := plan.get(self.replica)) and own.sampled:
+                    rows = zip(own.sampled, sampled.tolist(), strict=True)
+                    yield [_token(request, row, now, queued[request.index]) for request, row in rows]
             plan = {replica: planned for replica, s in schedulers.items() if (planned := s.next_step(lane))}
             if self.options.debug:
                 self._agree(tick, plan)
@@ -118,30 +145,42 @@ class Engine:
             if own := plan.get(self.replica):
                 counts.ticks = tick + 1
                 self._count(own)
+                for request in own.requests:
+                    queued.setdefault(request.index, time.perf_counter() - began)
             tick += 1
         self.comm.flush()
         counts.seconds = time.perf_counter() - began
+        counts.preemptions = schedulers[self.replica].preemptions
 
     def _forward(self, plan: Plan) -> Pending:
         """This stage's part of a step; the ids that the last stage samples are on their way to all stages of the replica."""
-        step = plan.get(self.replica) or Step(False, [], [], [], [])
+        step = plan.get(self.replica) or Step()
         self._set_phase(plan)
         ids = torch.tensor([i for tokens in step.tokens for i in tokens], dtype=torch.int64, device=self.comm.device)
         x = pipeline.receive(self.comm, ids, self.decoder)
-        parts = overlap.cut(step.tokens, step.starts, step.slots, self.options.overlap)
+        parts = overlap.cut(step.tokens, step.starts, step.tables, step.ends, self.options.overlap)
         replicas = [sum(map(len, plan[r].tokens)) if r in plan else 0 for r in self.followed] if self.together else None
         y = overlap.forward(self.comm, self.decoder, self.cache, x, parts, replicas)
-        chosen = sample(y, step, self.decoder.head) if self.decoder.last and step.requests else None
-        return pipeline.pass_on(self.comm, y, chosen, len(step.requests))
+        chosen = sample(y, step.sampled, self.decoder.head) if self.decoder.last and any(step.ends) else None
+        return pipeline.pass_on(self.comm, y, chosen, empty(step.sampled, self.comm.device))
 
-    def _ids(self, plan: Plan, own: torch.Tensor) -> dict[int, list[int]]:
+    def _ids(self, plan: Plan, sampled: torch.Tensor) -> dict[int, list[int]]:
         """The sampled ids of each replica that this rank follows."""
+        own = (sampled[:, 0] if sampled.dim() == 2 else sampled).long()
         if not self.together:
             return {self.replica: own.tolist()}
         self._set_phase(plan)
-        widest = max(len(step.requests) for step in plan.values())
-        everyones = self.comm.all_gather(F.pad(own, (0, widest - len(own))), "dp", "ids").tolist()
-        return {replica: everyones[replica][: len(step.requests)] for replica, step in plan.items()}
+        widest = max(len(step.sampled) for step in plan.values())
+        everyones = self.comm.all_gather(F.pad(own, (0, widest - len(own))), "dp", "ids").tolist() if widest else []
+        return {replica: everyones[replica][: len(step.sampled)] if widest else [] for replica, step in plan.items()}
+
+    def _watch_for_stops(self, requests: list[Request]) -> None:
+        """Gives requests that end at a string what turns their tokens into text."""
+        watched = [request for request in requests if request.params.stops]
+        if watched and self.model.folder:
+            tokenizer = Tokenizer.from_file(str(self.model.folder / "tokenizer.json"))
+            for request in watched:
+                request.detokenizer = partial(DecodeStream(skip_special_tokens=True).step, tokenizer)
 
     def _set_phase(self, plan: Plan) -> None:
         """Prefill and decode of different replicas may meet in a step: what is counted is this one's, if it has any."""
@@ -150,7 +189,7 @@ class Engine:
 
     def _agree(self, tick: int, plan: Plan) -> None:
         """Raises if ranks that step together have not planned the same, before they wait for each other in vain."""
-        text = repr([(r, step.prefill, step.slots, step.tokens, step.starts) for r, step in plan.items()])
+        text = repr([(r, step.tables, step.tokens, step.starts) for r, step in plan.items()])
         digest = torch.tensor([zlib.crc32(text.encode())], device=self.comm.device)
         for axis in ("tp", "pp", *(("dp",) if self.together else ())):
             digests = self.comm.all_gather(digest, axis, "plan").flatten().tolist()
@@ -162,9 +201,10 @@ class Engine:
                 )
 
     def _count(self, step: Step) -> None:
+        self.counts.recomputed_tokens += step.recomputed_tokens
+        self.counts.prompt_tokens += step.prompt_tokens
         if step.prefill:
             self.counts.prefill_steps += 1
-            self.counts.prompt_tokens += sum(len(t) for t in step.tokens)
         else:
             self.counts.decode_steps += 1
             self.counts.decode_tokens += len(step.requests)
@@ -191,6 +231,8 @@ class Engine:
             "prompt_tokens": counts.prompt_tokens,
             "decode_tokens": counts.decode_tokens,
             "decode_steps": counts.decode_steps,
+            "recomputed_tokens": counts.recomputed_tokens,
+            "preemptions": counts.preemptions,
             "seconds": counts.seconds,
             "shared_memory": sorted(self.comm.shared),
             "events": self.comm.events,
@@ -221,3 +263,23 @@ def _peak_rss() -> int:
     """Most memory this process has held, in bytes (shared pages of libraries included)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _free_memory(device: torch.device, ranks: int) -> float:
+    """Bytes that this rank may fill with KV cache: nine tenths of what is free, shared with the ranks that share the device."""
+    if device.type == "cuda":
+        return 0.9 * torch.cuda.mem_get_info(device)[0] / -(-ranks // torch.cuda.device_count())
+    return 0.9 * psutil.virtual_memory().available / ranks
+
+
+def _token(request: Request, row: Any, now: float, queued: float) -> Token:
+    """A sampled id, or a row of `sample` that has log probabilities too."""
+    wanted = request.params.logprobs
+    if not isinstance(row, list):
+        return Token(request.index, row, now, request.finish_reason, queued)
+    token, logprob, half = int(row[0]), row[1], len(row) // 2 - 1
+    logprobs = None
+    if wanted is not None:
+        likeliest = zip(map(int, row[2 : 2 + wanted]), row[2 + half :], strict=False)
+        logprobs = {token: logprob, **dict(likeliest)}
+    return Token(request.index, token, now, request.finish_reason, queued, logprobs)

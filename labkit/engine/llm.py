@@ -6,6 +6,7 @@ rank and runs in place, on every rank alike. It turns text into ids and back, an
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class LLM:
             without 16-bit instructions, where it is faster.
         max_model_len: longest prompt plus output, in tokens; the KV cache is made for it.
         max_num_seqs: sequences in flight at once, on each replica.
-        max_num_batched_tokens: prompt tokens in one prefill step.
+        max_num_batched_tokens: tokens in one step; longer prompts are computed in pieces.
+        kv_cache_tokens: room in the KV cache, on each replica (default: for max_num_seqs of the longest sequences). With less,
+            requests wait, or give up their room and are computed again.
         seed: of random weights, and of the noise of requests that bring no seed.
         threads: torch threads of each rank; by default the cores shared out evenly.
         collective_timeout: seconds that a rank waits for another before the run is given up.
@@ -73,6 +76,7 @@ class LLM:
         max_model_len: int = 2048,
         max_num_seqs: int = 16,
         max_num_batched_tokens: int = 4096,
+        kv_cache_tokens: int | None = None,
         seed: int = 0,
         threads: int | None = None,
         collective_timeout: float = 60.0,
@@ -103,6 +107,7 @@ class LLM:
             max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
             max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
             seed=seed,
+            kv_cache_tokens=None if kv_cache_tokens is None else _at_least_one("kv_cache_tokens", kv_cache_tokens),
             overlap=_one_of("overlap", overlap, MODES),
             spread=spread,
             trace=trace,
@@ -145,11 +150,14 @@ class LLM:
         single = isinstance(prompts, str | dict) or _is_ids(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         requests = self._requests(many, sampling_params)
-        tokens: list[list[Token]] = [[] for _ in requests]
-        for step in self._run(requests):
+        tokens: dict[int, list[Token]] = {request.index: [] for samples in requests for request in samples}
+        for step in self._run([request for samples in requests for request in samples]):
             for token in step:
                 tokens[token.request].append(token)
-        return [self._output(*each) for each in zip(requests, many, tokens, strict=True)]
+        return [
+            self._output(i, prompt, [(request, tokens[request.index]) for request in samples])
+            for i, (prompt, samples) in enumerate(zip(many, requests, strict=True))
+        ]
 
     def chat(
         self, messages: list[dict[str, str]], sampling_params: SamplingParams | None = None
@@ -164,12 +172,20 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The output of one prompt, piece by piece as it is generated. Left before its end, the ranks have to start anew."""
-        requests = self._requests([prompt], sampling_params)
-        decoder = DecodeStream(skip_special_tokens=True)
-        for step in self._run(requests):
+        [[request, *more]] = self._requests([prompt], sampling_params)
+        if more:
+            raise ValueError(f"n={request.params.n}: stream gives one output")
+        decoder, text, shown = DecodeStream(skip_special_tokens=True), "", 0
+        stops = request.params.stops
+        held = max(map(len, stops), default=1) - 1  # what may be the beginning of a stop string is not shown yet
+        for step in self._run([request]):
             for token in step:
-                if text := decoder.step(self.tokenizer.backend_tokenizer, token.id):
-                    yield text
+                text += decoder.step(self.tokenizer.backend_tokenizer, token.id) or ""
+                end = min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])
+                safe = end if end < len(text) or token.finish_reason else max(shown, len(text) - held)
+                if safe > shown:
+                    yield text[shown:safe]
+                    shown = safe
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -273,8 +289,8 @@ class LLM:
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        """Checks everything that can be known before the ranks see it."""
+    ) -> list[list[Request]]:
+        """For each prompt as many requests as outputs are wanted. Checks everything that can be known before the ranks see it."""
         if not prompts:
             raise ValueError("no prompts: give at least one")
         each = (
@@ -286,21 +302,29 @@ class LLM:
             raise ValueError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
             )
-        return [self._request(i, self._ids(prompt), p) for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))]
+        first = [0, *accumulate(p.n for p in each)]
+        return [
+            [self._request(i, first[i] + j, j, ids, p) for j in range(p.n)]
+            for i, (ids, p) in enumerate(zip(map(self._ids, prompts), each, strict=True))
+        ]
 
-    def _request(self, index: int, ids: list[int], params: SamplingParams) -> Request:
+    def _request(self, prompt: int, index: int, sample: int, ids: list[int], params: SamplingParams) -> Request:
         room = self.options.max_model_len - len(ids)
         vocab = self.model.config.vocab
         if not ids:
-            raise ValueError(f"prompt {index} is empty: at least one token is needed")
+            raise ValueError(f"prompt {prompt} is empty: at least one token is needed")
         if room < 1:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens; max_model_len={self.options.max_model_len} leaves no room"
+                f"prompt {prompt} has {len(ids)} tokens; max_model_len={self.options.max_model_len} leaves no room"
             )
         if not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
-            raise ValueError(f"prompt {index} has token ids outside 0 to {vocab - 1}")
+            raise ValueError(f"prompt {prompt} has token ids outside 0 to {vocab - 1}")
+        if params.stops and not self.model.folder:
+            raise ModelError(f"{self.model.name} has no tokenizer: stop={params.stop!r} can't be found in its output")
+        if params.logprobs is not None and params.logprobs > vocab:
+            raise ValueError(f"logprobs={params.logprobs}: use at most {vocab}, the size of the vocabulary")
         ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.config.eos_ids))
-        seed = self.options.seed * 1_000_003 + index if params.seed is None else params.seed
+        seed = self.options.seed * 1_000_003 + index if params.seed is None else params.seed + sample
         return Request(index, ids, params, seed, frozenset(ends), min(params.max_tokens, room))
 
     def _ids(self, prompt: Prompt) -> list[int]:
@@ -314,20 +338,39 @@ class LLM:
             )
         return prompt
 
-    def _output(self, request: Request, prompt: Prompt, tokens: list[Token]) -> RequestOutput:
-        ids = [t.id for t in tokens]
-        shown = ids[:-1] if tokens[-1].finish_reason == "stop" else ids
-        text = self.tokenizer.decode(shown, skip_special_tokens=True) if self.model.folder else ""
-        times = [t.seconds for t in tokens]
-        tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    def _output(self, number: int, prompt: Prompt, samples: list[tuple[Request, list[Token]]]) -> RequestOutput:
+        first, last = (pick(tokens[at].seconds for _, tokens in samples) for pick, at in ((min, 0), (max, -1)))
+        longest = max(len(tokens) for _, tokens in samples)
         return RequestOutput(
-            request_id=str(request.index),
+            request_id=str(number),
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=request.prompt_ids,
-            outputs=[CompletionOutput(0, text, ids, tokens[-1].finish_reason)],
-            finished=tokens[-1].finish_reason is not None,
-            metrics=RequestMetrics(ttft_s=times[0], tpot_s=tpot),
+            prompt_token_ids=samples[0][0].prompt_ids,
+            outputs=[self._completion(i, *each) for i, each in enumerate(samples)],
+            finished=all(tokens[-1].finish_reason for _, tokens in samples),
+            metrics=RequestMetrics(
+                queue_s=min(tokens[0].queued for _, tokens in samples),
+                ttft_s=first,
+                tpot_s=(last - first) / (longest - 1) if longest > 1 else None,
+                tokens_per_s=sum(len(tokens) for _, tokens in samples) / last,
+            ),
         )
+
+    def _completion(self, index: int, request: Request, tokens: list[Token]) -> CompletionOutput:
+        ids = [t.id for t in tokens]
+        reason = tokens[-1].finish_reason
+        stop_reason: int | str | None = None
+        by_token = reason == "stop" and ids[-1] in request.stop_ids
+        text = ""
+        if self.model.folder:
+            text = self.tokenizer.decode(ids[:-1] if by_token else ids, skip_special_tokens=True)
+        if by_token:
+            stop_reason = ids[-1] if ids[-1] in request.params.stop_token_ids else None
+        elif found := [(text.find(stop), stop) for stop in request.params.stops if stop in text]:
+            at, stop_reason = min(found)
+            text = text[:at]
+        logprobs = [t.logprobs for t in tokens if t.logprobs is not None] or None
+        total = sum(each[i] for each, i in zip(logprobs, ids, strict=True)) if logprobs else None
+        return CompletionOutput(index, text, ids, reason, stop_reason, logprobs, total)
 
 
 def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:

@@ -1,6 +1,8 @@
 """What a caller asks for and what comes back, with vLLM's names and meanings."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -8,38 +10,79 @@ class SamplingParams:
     """How to choose tokens.
 
     Args:
+        n: how many outputs to generate for a prompt.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_p: keep the likeliest tokens that together have at least this probability (1.0: all).
         top_k: keep that many of the likeliest tokens (0 or -1: all).
+        min_p: keep tokens with at least this part of the likeliest one's probability (0.0: all).
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens generated so far, once, and once for each
+            time (-2 to 2).
+        repetition_penalty: logits of tokens in the prompt or generated so far are divided by it if positive, else multiplied.
         seed: of this request's noise; None takes one from the engine's seed and the request's number. Neither the
             batch nor the layout changes the noise.
         max_tokens: generate at most this many.
+        stop: strings that end the output; it doesn't include them.
         stop_token_ids: end at these too, besides the model's own end tokens.
         ignore_eos: go on after the model's end tokens.
+        logprobs: of each generated token, the log probability of it and of that many likeliest ones (None: of none).
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
     max_tokens: int = 16
-    stop_token_ids: tuple[int, ...] | list[int] = ()
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: use a number from 0 (greedy) up")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p={self.top_p}: use a number above 0, up to 1")
-        if self.top_k < -1:
-            raise ValueError(f"top_k={self.top_k}: use 0 or -1 (all tokens), or how many to keep")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: use 1 or more")
+        inf = float("inf")
+        for name, value, fits, legal in (
+            ("n", self.n, self.n >= 1, "1 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature < inf, "a number from 0 (greedy) up"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, up to 1"),
+            ("top_k", self.top_k, self.top_k >= -1, "0 or -1 (all tokens), or how many to keep"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "a number from -2 to 2"),
+            ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "a number from -2 to 2"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < inf, "a number above 0"),
+            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None, or 0 or more"),
+            ("stop", self.stop, "" not in self.stops, "strings that are not empty"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={value!r}: use {legal}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def restricts(self) -> bool:
+        """Whether it leaves out tokens, which is a question about the whole vocabulary."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def penalises(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+
+class Text(Protocol):
+    """Turns ids into text, one after the other."""
+
+    def step(self, token: int) -> str: ...
 
 
 @dataclass
 class Request:
-    """One prompt on its way through the engine."""
+    """One prompt on its way through the engine, to one output. `index` is its place among all outputs asked for."""
 
     index: int
     prompt_ids: list[int]
@@ -48,39 +91,73 @@ class Request:
     stop_ids: frozenset[int]
     max_tokens: int  # params.max_tokens, or less where the context ends
     output_ids: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # prompt and output
+    computed: int = 0  # of these, those whose K and V are in the cache
+    recompute: int = 0  # how many had been there when the request last lost its blocks
+    blocks: list[int] = field(default_factory=list)
+    text: str = ""  # of the output; kept only if there are strings to stop at
+    detokenizer: Any = None
+    aborted: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = [*self.prompt_ids, *self.output_ids]
+
+    def take(self, token: int) -> None:
+        """Appends a sampled token."""
+        self.output_ids.append(token)
+        self.tokens.append(token)
+        if self.detokenizer:
+            self.text += self.detokenizer(token) or ""
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop" after an end token, "length" after max_tokens, None while it goes on."""
+        """ "stop" after an end token or string, "length" after max_tokens, "abort" when told so, None while it goes on."""
+        if self.aborted:
+            return "abort"
         if self.output_ids and self.output_ids[-1] in self.stop_ids:
+            return "stop"
+        if any(stop in self.text for stop in self.params.stops):
             return "stop"
         return "length" if len(self.output_ids) >= self.max_tokens else None
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: of which request, when (seconds after `generate` began), and whether it was the last."""
+    """One generated token: of which request, when (seconds after `generate` began), and why it was the last, if it was.
+
+    queued: seconds until the request was first computed. logprobs: of this and of the likeliest tokens, by id.
+    """
 
     request: int
     id: int
     seconds: float
     finish_reason: str | None
+    queued: float
+    logprobs: dict[int, float] | None = None
 
 
 @dataclass
 class RequestMetrics:
-    """Times of one request. ttft_s: from handing it in to its first token; tpot_s: mean between later tokens."""
+    """Times of one request, in seconds. queue_s: from handing it in until it was first computed; ttft_s: to its first token;
+    tpot_s: mean between later tokens; tokens_per_s: of its own output, from handing it in to the end."""
 
+    queue_s: float
     ttft_s: float
     tpot_s: float | None
+    tokens_per_s: float
 
 
 @dataclass
 class CompletionOutput:
+    """One output. logprobs: for each token the log probabilities by id; stop_reason: the string or token it stopped at."""
+
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, float]] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass

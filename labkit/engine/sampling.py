@@ -5,29 +5,61 @@ Sampling is an argmax: adding Gumbel noise to logits / temperature and taking th
 drawn token depends on neither layout nor batch.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from labkit.engine.scheduler import Step
+from labkit.engine.requests import Request
 from labkit.parallel.tensor import VocabParallelHead
 
 
-def sample(logits: torch.Tensor, step: Step, head: VocabParallelHead) -> torch.Tensor:
-    """Ids (B,) for logits (B, this rank's part of the vocabulary), the same on every tp rank."""
-    params = [r.params for r in step.requests]
-    if all(p.temperature == 0 for p in params):
-        return head.argmax(logits.float())
-    restricted = any(p.temperature > 0 and (p.top_p < 1 or p.top_k > 0) for p in params)
+def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParallelHead) -> torch.Tensor:
+    """Ids (B,) for logits (B, this rank's part of the vocabulary), the same on every tp rank.
+
+    If any request wants log probabilities, float64 rows (B, 2 + 2k) instead: id, its log probability, the k likeliest ids,
+    theirs; of the model's own distribution, before temperature and penalties, as in vLLM.
+    """
+    params = [request.params for request in requests]
+    wanted = _logprobs(requests)
+    scores = logits.float()
+    logprobs = head.gather(scores).log_softmax(-1) if wanted is not None else None
+    if any(p.penalises for p in params):
+        scores = scores.clone()
+        for row, request in zip(scores, requests, strict=True):
+            _penalise(row, request, head.rows)
+    ids = head.argmax(scores) if all(p.temperature == 0 for p in params) else _draw(scores, requests, head)
+    if wanted is None or logprobs is None:
+        return ids
+    top = logprobs.topk(wanted)
+    own = logprobs.gather(1, ids.unsqueeze(1))
+    return torch.cat([part.double() for part in (ids.unsqueeze(1), own, top.indices, top.values)], dim=1)
+
+
+def empty(requests: Sequence[Request], device: torch.device) -> torch.Tensor:
+    """Room for what `sample` gives for `requests`."""
+    wanted = _logprobs(requests)
+    if wanted is None:
+        return torch.empty(len(requests), dtype=torch.int64, device=device)
+    return torch.empty(len(requests), 2 + 2 * wanted, dtype=torch.float64, device=device)
+
+
+def _logprobs(requests: Sequence[Request]) -> int | None:
+    return max((r.params.logprobs for r in requests if r.params.logprobs is not None), default=None)
+
+
+def _draw(scores: torch.Tensor, requests: Sequence[Request], head: VocabParallelHead) -> torch.Tensor:
+    restricted = any(request.params.restricts for request in requests)
     # Which tokens are in the top p or k is a question about the whole row.
-    scores = (head.gather(logits) if restricted else logits).float()
+    scores = head.gather(scores) if restricted else scores
     vocab = head.parts[-1].stop
-    for row, request, position in zip(scores, step.requests, step.positions, strict=True):
+    for row, request in zip(scores, requests, strict=True):
         p = request.params
         if p.temperature == 0:
             continue
         row /= p.temperature
         if restricted:
-            _restrict(row, p.top_k, p.top_p)
-        noise = _gumbel(request.seed, position, vocab).to(row.device)
+            _restrict(row, p.top_k, p.top_p, p.min_p)
+        noise = _gumbel(request.seed, len(request.tokens), vocab).to(row.device)
         row += noise if restricted else noise[head.rows.start : head.rows.stop]
     return scores.argmax(dim=-1) if restricted else head.argmax(scores)
 
@@ -37,8 +69,25 @@ def _gumbel(seed: int, position: int, vocab: int) -> torch.Tensor:
     return -torch.empty(vocab).exponential_(generator=generator).log()
 
 
-def _restrict(row: torch.Tensor, top_k: int, top_p: float) -> None:
-    """Sets all but the top tokens of `row` (vocab,) to -inf, in place. top_k first, then top_p of what is left, as vLLM does."""
+def _penalise(row: torch.Tensor, request: Request, rows: range) -> None:
+    """Penalises tokens of the request in `row`, the scores of vocabulary `rows`, in place."""
+    p = request.params
+
+    def mine(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the ids that are in `rows`, counted from its start, and how often each is there."""
+        local = [i - rows.start for i in ids if rows.start <= i < rows.stop]
+        unique, counts = torch.tensor(local, dtype=torch.int64, device=row.device).unique(return_counts=True)
+        return unique, counts
+
+    if p.repetition_penalty != 1:
+        ids, _ = mine(request.tokens)
+        row[ids] = torch.where(row[ids] > 0, row[ids] / p.repetition_penalty, row[ids] * p.repetition_penalty)
+    ids, counts = mine(request.output_ids)
+    row[ids] -= p.frequency_penalty * counts + p.presence_penalty
+
+
+def _restrict(row: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None:
+    """Sets all but the top tokens of `row` (vocab,) to -inf, in place: top_k, top_p of what is left, then min_p, as vLLM does."""
     if 0 < top_k < row.shape[0]:
         row[row < row.topk(top_k).values[-1]] = -torch.inf
     if top_p < 1:
@@ -46,3 +95,6 @@ def _restrict(row: torch.Tensor, top_k: int, top_p: float) -> None:
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
         row[order[before >= top_p]] = -torch.inf
+    if min_p > 0:
+        probabilities = row.softmax(dim=-1)
+        row[probabilities < min_p * probabilities.max()] = -torch.inf

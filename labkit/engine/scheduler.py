@@ -1,11 +1,19 @@
-"""Which requests run in which step: the same decisions on every rank, from the same requests and the same sampled ids.
+"""Which tokens of which requests run in which step: the same decisions on every rank, from the same requests and sampled ids.
 
-Requests live in pipeline lanes. While one lane's step is on stage 1, another's is on stage 0; with as many lanes as stages
-every stage has work. No clock, no random order and nothing that differs between ranks enters here.
+Continuous batching (Orca, OSDI 2022): requests join and leave between steps. A step takes one token of every running request
+of a lane, and fills up with pieces of waiting prompts (chunked prefill, Sarathi-Serve, arXiv 2403.02310). K and V lie in
+blocks; when none is left, the youngest request gives up its own and is computed again later, prompt and output, so nothing of
+it is lost.
+
+Lanes keep the stages of a pipeline busy: while one lane's step is on stage 1, another's is on stage 0. A running request is
+bound to a lane, since its next token needs its last; pieces of one prompt need nothing from the last stage, so they go with
+whichever lane comes next and follow each other through the stages.
+
+No clock, no random order and nothing that differs between ranks enters here.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from labkit.engine.requests import Request
 from labkit.split import even
@@ -13,67 +21,140 @@ from labkit.split import even
 
 @dataclass
 class Step:
-    """One forward pass of one lane: whole prompts of new requests (prefill), or one token for each running one."""
+    """One forward pass of one lane; first the requests with one token, then those with pieces of their prompts."""
 
-    prefill: bool
-    requests: list[Request]
-    slots: list[int]  # KV cache slot of each request
-    tokens: list[list[int]]  # the input tokens of each
-    starts: list[int]  # the position of the first of them
+    requests: list[Request] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)  # of each, those to compute
+    starts: list[int] = field(default_factory=list)  # position of the first of them
+    tables: list[list[int]] = field(default_factory=list)  # cache blocks
+    ends: list[bool] = field(default_factory=list)  # whether a new token is to be sampled behind them
+    prompt_tokens: int = 0  # of all, those of prompts
+    recomputed_tokens: int = 0  # of all, those computed a second time, after their blocks had been taken away
+
+    @property
+    def prefill(self) -> bool:
+        return self.prompt_tokens + self.recomputed_tokens > 0
+
+    @property
+    def sampled(self) -> list[Request]:
+        """The requests that get a new token."""
+        return [request for request, end in zip(self.requests, self.ends, strict=True) if end]
 
     @property
     def positions(self) -> list[int]:
-        """Position of the token that this step will sample, for each request."""
-        return [start + len(t) for start, t in zip(self.starts, self.tokens, strict=True)]
+        """Position of the new token of each of them."""
+        return [s + len(t) for s, t, end in zip(self.starts, self.tokens, self.ends, strict=True) if end]
 
 
 class Scheduler:
-    """Lanes of requests over a fixed number of KV cache slots.
+    """Lanes of requests over one pool of cache blocks.
 
     Args:
-        requests: in order of arrival.
+        requests: in order of arrival. More may be put into `waiting` between steps.
         lanes: how many batches take turns.
-        slots: KV cache slots of each lane.
-        max_prefill: prompt tokens that one step takes at most (a single longer prompt is taken whole).
+        sequences: requests that may run at once, in all lanes together.
+        blocks, size: cache blocks, and tokens in one. A request that needs more than all of them must not come here.
+        budget: tokens that one step takes at most, but at least one of each running request of its lane.
     """
 
-    def __init__(self, requests: list[Request], lanes: int, slots: int, max_prefill: int) -> None:
+    def __init__(
+        self, requests: list[Request], *, lanes: int, sequences: int, blocks: int, size: int, budget: int
+    ) -> None:
         self.waiting = deque(requests)
-        self.running: list[dict[int, Request]] = [{} for _ in range(lanes)]  # lane -> slot -> request
-        self.slots, self.max_prefill = slots, max_prefill
+        self.filling: list[Request] = []  # admitted, prompt not yet computed to its end; no lane is theirs yet
+        self.running: list[list[Request]] = [[] for _ in range(lanes)]
+        self.sequences, self.size, self.budget = sequences, size, budget
+        self.free = list(range(blocks))[::-1]
+        self.preemptions = 0
 
     @property
     def done(self) -> bool:
-        return not self.waiting and not any(self.running)
+        return not self.waiting and not self.filling and not any(self.running)
 
     def next_step(self, lane: int) -> Step | None:
-        """What `lane` does on its turn: prefill as long as somebody waits and it has room, else decode. None: nothing."""
+        """What `lane` does on its turn. None: nothing."""
+        step = Step()
         running = self.running[lane]
-        # An even share of all requests, so that one lane doesn't take what would keep the others busy.
-        total = len(self.waiting) + sum(len(r) for r in self.running)
-        share = min(self.slots, len(even(total, len(self.running))[lane]))
-        free = [slot for slot in range(lane * self.slots, (lane + 1) * self.slots) if slot not in running]
-        joining: dict[int, Request] = {}
-        room = self.max_prefill
-        while self.waiting and len(running) + len(joining) < share:
-            room -= len(self.waiting[0].prompt_ids)
-            if room < 0 and joining:
-                break
-            joining[free[len(joining)]] = self.waiting.popleft()
-        if joining:
-            running.update(joining)
-            requests = list(joining.values())
-            return Step(True, requests, list(joining), [r.prompt_ids for r in requests], [0] * len(requests))
-        if not running:
-            return None
-        slots = sorted(running)
-        requests = [running[slot] for slot in slots]
-        starts = [len(r.prompt_ids) + len(r.output_ids) - 1 for r in requests]
-        return Step(False, requests, slots, [[r.output_ids[-1]] for r in requests], starts)
+        for request in list(running):
+            if request in running and self._grow(request, lane):  # or it was the youngest, and gave up its blocks
+                self._take(step, request, 1)
+        room = max(0, self.budget - len(step.requests))
+        self._admit()
+        singles: list[tuple[Request, int]] = []
+        pieces: list[tuple[Request, int]] = []
+        for request in list(self.filling):
+            left = len(request.tokens) - request.computed
+            n = min(left, room)
+            if n < 1 or (n == left and len(running) >= self._share(lane)):
+                break  # its end would bind it to this lane, which has its share already
+            room -= n
+            (singles if n == 1 else pieces).append((request, n))
+            if n == left:
+                self.filling.remove(request)
+                running.append(request)
+        for request, n in singles + pieces:
+            self._take(step, request, n)
+        return step if step.requests else None
 
-    def commit(self, lane: int, step: Step, ids: list[int]) -> None:
-        """Takes the sampled `ids`, one for each request of `step`; finished requests leave their slots."""
-        for request, slot, token in zip(step.requests, step.slots, ids, strict=True):
-            request.output_ids.append(token)
+    def commit(self, lane: int, step: Step, ids: list[int]) -> list[Request]:
+        """Takes the sampled `ids`, one for each of `step.sampled`; those that are finished leave, and are returned."""
+        finished = []
+        for request, token in zip(step.sampled, ids, strict=True):
+            request.take(token)
             if request.finish_reason:
-                del self.running[lane][slot]
+                self.running[lane].remove(request)
+                self._release(request)
+                finished.append(request)
+        return finished
+
+    def _share(self, lane: int) -> int:
+        """An even share of all requests, so that one lane doesn't take what would keep the others busy."""
+        total = len(self.waiting) + len(self.filling) + sum(map(len, self.running))
+        return len(even(min(total, self.sequences), len(self.running))[lane])
+
+    def _admit(self) -> None:
+        """Lets waiting requests in, first come first served, as long as their tokens so far and one more have blocks."""
+        while self.waiting and len(self.filling) + sum(map(len, self.running)) < self.sequences:
+            request = self.waiting[0]
+            needed = -(-(len(request.tokens) + 1) // self.size)
+            if needed > len(self.free):
+                return
+            self.waiting.popleft()
+            request.blocks = [self.free.pop() for _ in range(needed)]
+            self.filling.append(request)
+
+    def _grow(self, request: Request, lane: int) -> bool:
+        """Finds a block for the next token of a running request; False if it had to give up its own."""
+        while len(request.blocks) * self.size <= request.computed:
+            if self.free:
+                request.blocks.append(self.free.pop())
+                continue
+            # Requests of other lanes may be under way; those still filling have sampled nothing.
+            victim = (self.filling or self.running[lane])[-1]
+            self._preempt(victim, lane)
+            if victim is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request, lane: int) -> None:
+        (self.filling if request in self.filling else self.running[lane]).remove(request)
+        self._release(request)
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        self.free += request.blocks[::-1]
+        request.recompute = request.computed
+        request.blocks, request.computed = [], 0
+
+    def _take(self, step: Step, request: Request, n: int) -> None:
+        start, stop = request.computed, request.computed + n
+        step.requests.append(request)
+        step.tokens.append(request.tokens[start:stop])
+        step.starts.append(start)
+        step.tables.append(list(request.blocks))
+        step.ends.append(stop == len(request.tokens))
+        again = max(0, min(stop, request.recompute) - start)
+        step.recomputed_tokens += again
+        step.prompt_tokens += max(0, min(stop, len(request.prompt_ids)) - max(start, request.recompute))
+        request.computed = stop

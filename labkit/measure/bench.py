@@ -113,7 +113,7 @@ def prefill(
     """Time to the first token of all prompts. With `compare` four rows that took turns: as many ranks along "tp" as along "pp",
     each without a link and with it.
 
-    step: prompt tokens of one forward pass; a pipeline fills up with several. Rows are `in_turns`'s, with
+    step: tokens of one forward pass; a pipeline fills up with several. Rows are `in_turns`'s, with
     `prompt_tokens_per_s`.
     """
     common = {"data_parallel_size": dp, "enable_expert_parallel": ep, "overlap": overlap}

@@ -1,7 +1,8 @@
-"""Causal self-attention over a KV cache, for the heads that one tensor-parallel rank holds.
+"""Causal self-attention over a KV cache in blocks, for the heads that one tensor-parallel rank holds.
 
-The cache belongs to one pipeline stage: it holds K and V of that stage's layers only, for `slots` sequences of up to
-`length` tokens. A `Batch` says which tokens of which sequences one forward pass computes.
+The cache belongs to one pipeline stage: it holds K and V of that stage's layers only. A sequence's tokens lie in blocks of the
+cache that its table names, in order (PagedAttention, arXiv 2309.06180); who gets which block is the scheduler's business. A
+`Batch` says which tokens of which sequences one forward pass computes.
 """
 
 import math
@@ -22,70 +23,81 @@ from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
 @dataclass
 class Batch:
-    """Tokens of one step, sequence after sequence: N tokens of B sequences, each with a cache slot of its own.
+    """Tokens of one step, sequence after sequence: N tokens of B sequences. Positions count from 0. N and B may be 0, when only
+    other replicas have something to do.
 
-    Either prompts, whole or a part of them (prefill), or one token each (decode, N = B). Positions count from 0. Both may be
-    0, when only other replicas have something to do.
+    First come the sequences with one token, of which attention is computed at once; then those with pieces of their prompts.
     """
 
     positions: torch.Tensor  # (N,)
-    slots: torch.Tensor  # (N,) cache slot of each token
+    slots: torch.Tensor  # (N,) where in the cache each token's K and V go: block x block size + offset
     last: torch.Tensor  # (B,) where in N the last token stands of each sequence that wants logits
-    lengths: list[int]  # (B,) tokens of each sequence in this step
-    starts: list[int]  # (B,) position of the first of them
-    decode: bool
-    context: int  # longest sequence, this step's tokens included
-    rows: slice | torch.Tensor  # the cache slots of the B sequences: a slice where they are neighbours (no copy)
-    mask: torch.Tensor | None  # decode: (B, 1, 1, context), True where there is a token; None if all are equally long
-    replicas: list[
-        int
-    ]  # tokens of each replica in this step, this one's N among them, where they take steps together; else [N]
+    singles: int  # sequences with one token
+    blocks: slice | torch.Tensor  # theirs, (singles, n); a slice for one sequence of neighbouring blocks: no copy
+    context: int  # tokens of the longest of them, this step's included
+    mask: torch.Tensor | None  # (singles, 1, 1, context), True where there is a token; None if all are equally long
+    # Of the others: tokens in this step, position of the first, table of blocks if that isn't 0.
+    pieces: list[tuple[int, int, torch.Tensor | None]]
+    # Tokens of each replica in this step, this one's N among them, where they take steps together; else [N].
+    replicas: list[int]
 
     @classmethod
     def make(
-        cls, lengths: list[int], starts: list[int], slots: list[int], ends: list[bool], device: torch.device,
-        replicas: list[int] | None = None,
+        cls, lengths: list[int], starts: list[int], tables: list[list[int]], ends: list[bool], size: int,
+        device: torch.device, replicas: list[int] | None = None,
     ) -> "Batch":  # fmt: skip
-        """`lengths[i]` tokens go to positions `starts[i]`... of the sequence in slot `slots[i]`; it wants logits if `ends[i]`."""
-        decode = any(starts) and max(lengths) == 1
-        context = [start + length for start, length in zip(starts, lengths, strict=True)]
-        first = slots[0] if slots else 0
-        neighbours = slots == list(range(first, first + len(slots)))
+        """`lengths[i]` tokens go to positions `starts[i]`... of the sequence in blocks `tables[i]` of `size` tokens; it wants
+        logits if `ends[i]`. Sequences with one token come first."""
+        singles = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
 
-        def tensor(values: list[int]) -> torch.Tensor:
+        def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
+        context = [start + 1 for start in starts[:singles]]
+        longest = max(context, default=0)
+        used = [table[: -(-n // size)] for table, n in zip(tables, context, strict=False)]
+        blocks: slice | torch.Tensor
+        if singles == 1 and used[0] == list(range(used[0][0], used[0][0] + len(used[0]))):
+            blocks = slice(used[0][0], used[0][0] + len(used[0]))
+        else:
+            widest = max(map(len, used), default=0)
+            # Filled up with any block.
+            blocks = tensor([table + table[:1] * (widest - len(table)) for table in used]) if used else slice(0)
         mask = None
-        if decode and min(context) < max(context):
-            mask = (torch.arange(max(context), device=device) < tensor(context).unsqueeze(1))[:, None, None, :]
+        if singles and min(context) < longest:
+            mask = (torch.arange(longest, device=device) < tensor(context).unsqueeze(1))[:, None, None, :]
+        at = [(i, p) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)) for p in range(start, start + n)]
+        pieces = zip(lengths[singles:], starts[singles:], tables[singles:], strict=True)
         return cls(
-            positions=tensor([p for start, n in zip(starts, lengths, strict=True) for p in range(start, start + n)]),
-            slots=tensor([slot for slot, n in zip(slots, lengths, strict=True) for _ in range(n)]),
+            positions=tensor([p for _, p in at]),
+            slots=tensor([tables[i][p // size] * size + p % size for i, p in at]),
             last=tensor([stop - 1 for i, stop in enumerate(accumulate(lengths)) if ends[i]]),
-            lengths=lengths,
-            starts=starts,
-            decode=decode,
-            context=max(context, default=0),
-            rows=slice(first, first + len(slots)) if neighbours else tensor(slots),
+            singles=singles,
+            blocks=blocks,
+            context=longest,
             mask=mask,
+            pieces=[
+                (n, start, tensor(table[: -(-(start + n) // size)]) if start else None) for n, start, table in pieces
+            ],
             replicas=replicas or [sum(lengths)],
         )
 
 
 class KVCache:
-    """K and V of one stage: per layer two tensors (slots, length, kv_heads, head_dim)."""
+    """K and V of one stage: per layer two tensors (blocks, tokens of a block, kv_heads, head_dim)."""
 
     def __init__(
         self,
         layers: int,
-        slots: int,
-        length: int,
+        blocks: int,
+        size: int,
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (slots, length, kv_heads, head_dim)
+        self.blocks, self.size = blocks, size
+        shape = (blocks, size, kv_heads, head_dim)
         self.k = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.v = [_zeros(shape, dtype, device) for _ in range(layers)]
 
@@ -165,40 +177,44 @@ class Attention(nn.Module):
             norms = zip(qk.split((n_q, n_kv), dim=1), (self.q_norm, self.k_norm), strict=True)
             qk = torch.cat([F.rms_norm(part, (d,), weight, self.cfg.rms_eps) for part, weight in norms], dim=1)
         q, new_k = rotate(qk, *rope).split((n_q, n_kv), dim=1)
-        k[batch.slots, batch.positions] = new_k
-        v[batch.slots, batch.positions] = new_v
+        k.view(-1, n_kv, d)[batch.slots] = new_k
+        v.view(-1, n_kv, d)[batch.slots] = new_v
         # Fill up groups that this rank holds only in part, so that the heads are a grid of (kv heads, group).
         share = self.share
         if share.pad_left or share.pad_right:
             q = F.pad(q, (0, 0, share.pad_left, share.pad_right))
-        out = self._decode(q, k, v, batch) if batch.decode else self._prefill(q, new_k, new_v, k, v, batch)
+        outs = [self._singles(q[: batch.singles], k, v, batch)] if batch.singles else []
+        at = batch.singles
+        for n, start, table in batch.pieces:
+            here = slice(at, at + n)
+            outs.append(self._piece(q[here], new_k[here], new_v[here], k, v, start, table))
+            at += n
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         out = out[:, share.pad_left : share.pad_left + n_q]
         return (yield from self.o(out.reshape(-1, n_q * d)))
 
-    def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """One new token for each of B sequences, all at once. A group's query heads share K and V like rows of one query."""
-        keys = k[batch.rows, : batch.context].transpose(1, 2)  # (B, kv, context, d)
-        values = v[batch.rows, : batch.context].transpose(1, 2)
+    def _singles(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """One token of each sequence, all at once. A group's query heads share K and V like rows of one query."""
+        keys, values = (
+            t[batch.blocks].view(batch.singles, -1, *t.shape[2:])[:, : batch.context].transpose(1, 2) for t in (k, v)
+        )  # (B, kv, context, d)
         grid = q.view(-1, *self.grid, self.cfg.head_dim)  # (B, kv, group, d)
         out = F.scaled_dot_product_attention(grid, keys, values, attn_mask=batch.mask)
         return out.reshape(q.shape)
 
-    def _prefill(
-        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        """Prompts, one by one. A whole one attends to itself, so the new K and V are all there is to read; a later part of one
-        also to what the cache has of it."""
-        outs = []
-        parts = zip(*(t.split(batch.lengths) for t in (q, new_k, new_v, batch.slots)), batch.starts, strict=True)
-        for qs, ks, vs, slots, start in parts:
-            mask = None
-            if start:
-                ks, vs = (t[slots[0], : start + len(qs)] for t in (k, v))
-                mask = torch.ones(len(qs), len(ks), dtype=torch.bool, device=q.device).tril(start)
-            qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (qs, ks, vs))  # (1, heads, length, d)
-            out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            outs.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(outs)
+    def _piece(
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int,
+        table: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """A piece of one prompt. The first attends to itself, so the new K and V are all there is to read; a later one also to
+        what the cache has."""
+        mask = None
+        if table is not None:
+            new_k, new_v = (t[table].flatten(0, 1)[: start + len(q)] for t in (k, v))
+            mask = torch.ones(len(q), len(new_k), dtype=torch.bool, device=q.device).tril(start)
+        qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (q, new_k, new_v))  # (1, heads, length, d)
+        out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return out.squeeze(0).transpose(0, 1)
 
 
 def _scaled(part: range, by: int) -> range:

@@ -131,11 +131,11 @@ class Decoder(nn.Module):
     def weights_bytes(self) -> int:
         return sum(p.numel() * p.element_size() for p in self.parameters())
 
-    def cache(self, slots: int, length: int) -> KVCache:
-        """A KV cache for this stage's layers and this rank's KV heads."""
+    def cache(self, blocks: int, size: int) -> KVCache:
+        """A KV cache for this stage's layers and this rank's KV heads: `blocks` blocks of `size` tokens."""
         kv_heads = len(split.heads(self.cfg.heads, self.cfg.kv_heads, self.mesh.layout.tp)[self.mesh.tp_rank].kv)
         return KVCache(
-            len(self.layers), slots, length, kv_heads, self.cfg.head_dim, dtype=self.dtype, device=self.mesh.device
+            len(self.layers), blocks, size, kv_heads, self.cfg.head_dim, dtype=self.dtype, device=self.mesh.device
         )
 
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> Forward:

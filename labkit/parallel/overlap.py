@@ -39,14 +39,17 @@ class Part:
     sequences: list[int]
     pieces: list[range]
     starts: list[int]  # position of each piece's first token in its sequence
-    slots: list[int]  # the sequences' cache slots
-    ends: list[bool]  # whether a piece is its sequence's last
+    tables: list[list[int]]  # the sequences' cache blocks
+    ends: list[bool]  # whether logits are wanted behind a piece
 
 
-def cut(tokens: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[int], mode: str = "none") -> list[Part]:
+def cut(
+    tokens: Sequence[Sequence[int]], starts: Sequence[int], tables: Sequence[list[int]], ends: Sequence[bool],
+    mode: str = "none",
+) -> list[Part]:  # fmt: skip
     """The parts that a step is computed in, in order: one, unless `mode` finds something to cut.
 
-    tokens, starts, slots: of each sequence its tokens in this step, the position of the first, and its cache slot.
+    Of each sequence: its tokens in this step, the position of the first, its cache blocks, and whether it wants logits.
     """
     lengths = [len(t) for t in tokens]
     everyone = list(range(len(lengths)))
@@ -54,15 +57,16 @@ def cut(tokens: Sequence[Sequence[int]], starts: Sequence[int], slots: Sequence[
     def part(sequences: list[int], pieces: list[range]) -> Part:
         pairs = list(zip(sequences, pieces, strict=True))
         first = [starts[i] + piece.start for i, piece in pairs]
-        ends = [piece.stop == lengths[i] for i, piece in pairs]
-        return Part(sequences, pieces, first, [slots[i] for i in sequences], ends)
+        last = [ends[i] and piece.stop == lengths[i] for i, piece in pairs]
+        return Part(sequences, pieces, first, [tables[i] for i in sequences], last)
 
     if mode == "two-batch" and len(lengths) > 1:
         middle = min(everyone[1:], key=lambda i: abs(sum(lengths[:i]) - sum(lengths[i:])))
         return [part(half, [range(lengths[i]) for i in half]) for half in (everyone[:middle], everyone[middle:])]
     if mode == "chunks" and max(lengths) > 1:
         pieces = [split.even(n, 2) for n in lengths]
-        some = ([i for i in everyone if pieces[i][half]] for half in (0, 1))
+        # Single tokens first, as a Batch wants them.
+        some = (sorted((i for i in everyone if p[i]), key=lambda i: len(p[i]) > 1) for p in zip(*pieces, strict=True))
         return [part(chosen, [pieces[i][half] for i in chosen]) for half, chosen in enumerate(some)]
     return [part(everyone, [range(n) for n in lengths])]
 
@@ -77,7 +81,8 @@ def forward(
     """
 
     def batch(part: Part) -> Batch:
-        return Batch.make([len(p) for p in part.pieces], part.starts, part.slots, part.ends, comm.device, replicas)
+        lengths = [len(p) for p in part.pieces]
+        return Batch.make(lengths, part.starts, part.tables, part.ends, cache.size, comm.device, replicas)
 
     if len(parts) == 1:
         return alone(comm, decoder(x, batch(parts[0]), cache))
@@ -88,8 +93,10 @@ def forward(
     ]
     forwards = [decoder(x[where], batch(part), cache) for part, where in zip(parts, rows, strict=True)]
     ys = torch.cat(in_turns(comm, forwards))
-    if decoder.last:  # logits: one row for each sequence, from the part that has its end
+    if decoder.last:  # logits: one row for each sequence that wants them, from the part that has its end
         rows = [[i for i, end in zip(part.sequences, part.ends, strict=True) if end] for part in parts]
+        number = {i: at for at, i in enumerate(sorted(i for some in rows for i in some))}
+        rows = [[number[i] for i in some] for some in rows]
     order = torch.tensor([row for some in rows for row in some], device=ys.device)
     return torch.empty_like(ys).index_copy_(0, order, ys)
 

@@ -22,14 +22,15 @@ def receive(comm: Comm, ids: torch.Tensor, decoder: Decoder) -> torch.Tensor:
     return comm.recv(x, comm.mesh.pp_rank - 1, "pp", "hidden") if len(ids) else x
 
 
-def pass_on(comm: Comm, y: torch.Tensor, ids: torch.Tensor | None, sequences: int) -> Pending:
-    """Sends the residual to the next stage, or, from the last one, the sampled ids (B,) to all. Gives the ids, later.
+def pass_on(comm: Comm, y: torch.Tensor, sampled: torch.Tensor | None, room: torch.Tensor) -> Pending:
+    """Sends the residual to the next stage, and what the last one `sampled` to all. Gives that, later.
 
-    A step without tokens here, only in other replicas, sends nothing.
+    room: a tensor like it, where it can be received. A step without tokens here, only in other replicas, sends nothing, and
+    neither does a last stage that sampled nothing, for pieces of prompts.
     """
-    if not sequences:
-        return Pending(lambda: torch.empty(0, dtype=torch.int64, device=comm.device))
-    if ids is None:
+    last = comm.mesh.layout.pp - 1
+    if len(y) and comm.mesh.pp_rank < last:
         comm.send(y, comm.mesh.pp_rank + 1, "pp", "hidden")
-        ids = torch.empty(sequences, dtype=torch.int64, device=comm.device)
-    return comm.broadcast_start(ids, comm.mesh.layout.pp - 1, "pp", "ids")
+    if not len(room):
+        return Pending(lambda: room)
+    return comm.broadcast_start(room if sampled is None else sampled, last, "pp", "ids")
