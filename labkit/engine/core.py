@@ -140,13 +140,13 @@ class Engine:
             plan = {replica: planned for replica, s in schedulers.items() if (planned := s.next_step(lane))}
             if self.options.debug:
                 self._agree(tick, plan)
-            if plan:
-                flying[lane] = (plan, self._forward(plan))
             if own := plan.get(self.replica):
                 counts.ticks = tick + 1
                 self._count(own)
                 for request in own.requests:
                     queued.setdefault(request.index, time.perf_counter() - began)
+            if plan:
+                flying[lane] = (plan, self._forward(plan))
             tick += 1
         self.comm.flush()
         counts.seconds = time.perf_counter() - began

@@ -1,8 +1,7 @@
 """What a caller asks for and what comes back, with vLLM's names and meanings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,6 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
-class Text(Protocol):
-    """Turns ids into text, one after the other."""
-
-    def step(self, token: int) -> str: ...
-
-
 @dataclass
 class Request:
     """One prompt on its way through the engine, to one output. `index` is its place among all outputs asked for."""
@@ -96,8 +89,7 @@ class Request:
     recompute: int = 0  # how many had been there when the request last lost its blocks
     blocks: list[int] = field(default_factory=list)
     text: str = ""  # of the output; kept only if there are strings to stop at
-    detokenizer: Any = None
-    aborted: bool = False
+    detokenizer: Callable[[int], str | None] | None = None
 
     def __post_init__(self) -> None:
         self.tokens = [*self.prompt_ids, *self.output_ids]
@@ -111,9 +103,7 @@ class Request:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop" after an end token or string, "length" after max_tokens, "abort" when told so, None while it goes on."""
-        if self.aborted:
-            return "abort"
+        """ "stop" after an end token or string, "length" after max_tokens, None while it goes on."""
         if self.output_ids and self.output_ids[-1] in self.stop_ids:
             return "stop"
         if any(stop in self.text for stop in self.params.stops):

@@ -40,17 +40,12 @@ class Step:
         """The requests that get a new token."""
         return [request for request, end in zip(self.requests, self.ends, strict=True) if end]
 
-    @property
-    def positions(self) -> list[int]:
-        """Position of the new token of each of them."""
-        return [s + len(t) for s, t, end in zip(self.starts, self.tokens, self.ends, strict=True) if end]
-
 
 class Scheduler:
     """Lanes of requests over one pool of cache blocks.
 
     Args:
-        requests: in order of arrival. More may be put into `waiting` between steps.
+        requests: in order of arrival.
         lanes: how many batches take turns.
         sequences: requests that may run at once, in all lanes together.
         blocks, size: cache blocks, and tokens in one. A request that needs more than all of them must not come here.
