@@ -227,14 +227,20 @@ int labkit_reduce_scatter(Group *g, const char *in, char *out, size_t count, int
 int labkit_all_to_all(Group *g, const char *in, char *out, const int64_t *send, const int64_t *recv, uint64_t row_bytes) {
     size_t room = g->slot / g->n - 64;
     uint64_t rounds = 1;
+    const char *kept = in; /* what stays with this rank goes from one tensor to the other */
+    char *here = out;
+    for (int rank = 0; rank < g->me; rank++) kept += send[rank], here += recv[rank];
+    if (send[g->me] != recv[g->me]) return -(g->me + 1);
+    memcpy(here, kept, send[g->me]);
     for (int rank = 0; rank < g->n; rank++)
-        if ((send[rank] + room - 1) / room > rounds) rounds = (send[rank] + room - 1) / room;
+        if (rank != g->me && (send[rank] + room - 1) / room > rounds) rounds = (send[rank] + room - 1) / room;
     for (uint64_t round = 0, all = rounds; round < all; round++) {
         size_t at = round * room;
         char *mine = next_slot(g, ALL_TO_ALL, 0, row_bytes);
         const char *from = in;
         for (int rank = 0; rank < g->n; from += send[rank++]) {
             char *part = mine + rank * (room + 64);
+            if (rank == g->me) continue;
             memcpy(part, &send[rank], 8);
             if (at < (size_t)send[rank]) memcpy(part + 64, from + at, smaller(room, send[rank] - at));
         }
@@ -245,6 +251,7 @@ int labkit_all_to_all(Group *g, const char *in, char *out, const int64_t *send, 
         char *to = out;
         for (int rank = 0; rank < g->n; to += recv[rank++]) {
             const char *part = slot(g, rank) + g->me * (room + 64);
+            if (rank == g->me) continue;
             if (memcmp(part, &recv[rank], 8)) return -(rank + 1);
             if (at < (size_t)recv[rank]) memcpy(to + at, part + 64, smaller(room, recv[rank] - at));
             uint64_t theirs = control(g, rank)->rounds[g->turn];

@@ -61,7 +61,7 @@ class Experts(nn.Module):
         # Sorted by slot, those for elsewhere last: each expert's rows lie together, for one grouped product.
         order = slots.flatten().argsort(stable=True)[: sum(counts)]
         rows = order // k
-        inner = _swiglu(_grouped(x[rows], self.gate_up.view(len(self.held), -1, hidden), counts))
+        inner = _swiglu(_grouped(x.index_select(0, rows), self.gate_up.view(len(self.held), -1, hidden), counts))
         results = _grouped(inner, self.down.view(len(self.held), hidden, -1), counts)
         weighted = results * weights.flatten()[order].unsqueeze(1).to(x.dtype)
         return torch.zeros_like(x).index_add_(0, rows, weighted)

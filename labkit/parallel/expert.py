@@ -134,8 +134,9 @@ class MoE(nn.Module):
         # `to`. Its experts on one rank make one row.
         sent = _where(goes[me].T, sum(send)) % rows
         came = _where(goes[:, :, me], sum(receive))  # by source, those that come: rows of `slots`
-        arrived = self.comm.all_to_all(mine[sent], send, receive, "ep", "dispatch")
-        y = self.experts(arrived, slots[came], weights.view(-1, k)[came], counts[self.ranks**2 :])
+        arrived = self.comm.all_to_all(mine.index_select(0, sent), send, receive, "ep", "dispatch")
+        wanted = (each.view(-1, k).index_select(0, came) for each in (slots, weights))
+        y = self.experts(arrived, *wanted, counts[self.ranks**2 :])
         back = self.comm.all_to_all(y, receive, send, "ep", "combine")
         summed = torch.zeros_like(mine).index_add_(0, sent, back)
         return self._everyones(summed, [len(part) for part in self._parts(len(x))], "tp", "tokens")
