@@ -407,10 +407,8 @@ class Comm:
                 f"rank {self.rank}: {text} (its operation {self.number}) failed after "
                 f"{time.perf_counter() - began:.1f} s with rank(s) {others}: {str(error).splitlines()[0]}"
             ) from error
-        if self.link and kind in (
-            "call",
-            "recv",
-        ):  # what is received sets out when it is there, or earlier: nobody knows
+        if self.link and kind in ("call", "recv"):
+            # What is received sets out when it is there, or earlier: nobody knows.
             sets_out = began if kind == "call" else time.perf_counter()
             time.sleep(max(0.0, self._due(axis, sets_out, wire) - time.perf_counter()))
         if self.meter and kind != "uncounted":

@@ -139,7 +139,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.free += request.blocks[::-1]
-        request.recompute = request.computed
+        request.recompute = max(request.recompute, request.computed)
         request.blocks, request.computed = [], 0
 
     def _take(self, step: Step, request: Request, n: int) -> None:

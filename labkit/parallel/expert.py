@@ -91,7 +91,7 @@ class MoE(nn.Module):
         if self.ranks > 1:
             return self.exchange(x, replicas)
         experts, weights = self.router(x)
-        self._count(experts[_slice(self._own(len(x)))])
+        self._count(self._mine(experts))
         return (yield Exchange("all_reduce", self._compute(x, experts, weights), "tp", "mlp"))
 
     # -- the three ways ------------------------------------------------------------------------------------------------
@@ -100,12 +100,12 @@ class MoE(nn.Module):
         everything = self._everyones(x, replicas, "dp", "dispatch")
         experts, weights = self.router(everything)
         start = sum(replicas[: self.mesh.index("dp")]) if len(replicas) > 1 else 0
-        self._count(experts[start : start + len(x)][_slice(self._own(len(x)))])
+        self._count(self._mine(experts[start : start + len(x)]))
         y = self.comm.all_reduce(self._compute(everything, experts, weights), "ep", "combine")
         return y[start : start + len(x)]
 
     def _all_gather(self, x: torch.Tensor, replicas: Sequence[int]) -> torch.Tensor:
-        sizes, mine = self._sizes(replicas), x[_slice(self._own(len(x)))]
+        sizes, mine = self._sizes(replicas), self._mine(x)
         rows = max(sizes)
         padded = self.comm.all_gather(_pad(mine, rows), "ep", "dispatch").flatten(0, 1)  # (ep x rows, hidden)
         experts, weights = self.router(padded)
@@ -113,10 +113,10 @@ class MoE(nn.Module):
         there = torch.arange(rows, device=x.device) < torch.tensor(sizes, device=x.device).unsqueeze(1)  # (ep, rows)
         experts = experts.where(there.view(-1, 1), self.moe.experts)  # what fills up wants no expert
         y = self.comm.reduce_scatter(self._compute(padded, experts, weights), "ep", "combine")[: len(mine)]
-        return self._everyones(y, [len(part) for part in self._parts(len(x))], "tp", "tokens")
+        return self._everyones(y, self._sizes([len(x)]), "tp", "tokens")
 
     def _all_to_all(self, x: torch.Tensor, replicas: Sequence[int]) -> torch.Tensor:
-        sizes, mine = self._sizes(replicas), x[_slice(self._own(len(x)))]
+        sizes, mine = self._sizes(replicas), self._mine(x)
         me, rows, k = self.mesh.index("ep"), max(sizes), self.moe.per_token
         experts, weights = self.router(mine)
         self._count(experts)
@@ -139,7 +139,7 @@ class MoE(nn.Module):
         y = self.experts(arrived, *wanted, counts[self.ranks**2 :])
         back = self.comm.all_to_all(y, receive, send, "ep", "combine")
         summed = torch.zeros_like(mine).index_add_(0, sent, back)
-        return self._everyones(summed, [len(part) for part in self._parts(len(x))], "tp", "tokens")
+        return self._everyones(summed, self._sizes([len(x)]), "tp", "tokens")
 
     # -- what they share -----------------------------------------------------------------------------------------------
 
@@ -154,16 +154,14 @@ class MoE(nn.Module):
     def _count(self, experts: torch.Tensor) -> None:
         self.load += _histogram(experts, self.moe.experts)
 
-    def _parts(self, tokens: int) -> list[range]:
-        """A replica's tokens over its tp ranks, which all have them."""
-        return split.even(tokens, self.mesh.size("tp"))
-
-    def _own(self, tokens: int) -> range:
-        return self._parts(tokens)[self.mesh.tp_rank]
+    def _mine(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of what all tp ranks of its replica have."""
+        part = split.even(len(x), self.mesh.size("tp"))[self.mesh.tp_rank]
+        return x[part.start : part.stop]
 
     def _sizes(self, replicas: Sequence[int]) -> list[int]:
-        """Tokens of each rank of "ep": its part of its replica's."""
-        return [len(part) for tokens in replicas for part in self._parts(tokens)]
+        """Tokens of each rank of these replicas: its part of its replica's."""
+        return [len(part) for tokens in replicas for part in split.even(tokens, self.mesh.size("tp"))]
 
     def _everyones(self, x: torch.Tensor, sizes: Sequence[int], axis: str, what: str) -> torch.Tensor:
         """The rows of all ranks along `axis`, of which each brings as many as `sizes` says, one after the other."""
@@ -176,10 +174,6 @@ class MoE(nn.Module):
 def _pad(x: torch.Tensor, rows: int, value: float = 0.0) -> torch.Tensor:
     """All-gather and reduce-scatter want as many rows from each rank."""
     return F.pad(x, (0, 0, 0, rows - len(x)), value=value)
-
-
-def _slice(part: range) -> slice:
-    return slice(part.start, part.stop)
 
 
 def _where(mask: torch.Tensor, count: int) -> torch.Tensor:
