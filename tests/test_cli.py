@@ -118,27 +118,6 @@ def test_bench_prefill_over_a_link_compares_tp_with_pp() -> None:
     assert 0 < rows[2]["link"]["measured_gbit_per_s"] <= 0.21
 
 
-def test_bench_pipeline_compares_with_one_rank_under_five_loads() -> None:
-    sizes = ["--batch", "2", "--prompt", "8", "--step", "8", "--tokens", "6", "--repeats", "1", "--dtype", "float32"]
-    rows = json.loads(labkit("bench", "pipeline", "--model", "random:smollm2-135m", *sizes, "--json").stdout)["results"]
-    pairs = list(zip(rows[::2], rows[1::2], strict=True))
-    assert [one["load"] for one, _ in pairs] == [
-        "1 in flight", "2 in flight", "2 per stage", "16 in flight", "prefill of 2"
-    ]  # fmt: skip
-    assert [(one["batch"], many["batch"]) for one, many in pairs] == [(1, 1), (2, 2), (2, 4), (16, 16), (2, 2)]
-    assert all((one["layout"]["pp"], many["layout"]["pp"]) == (1, 2) for one, many in pairs)
-    assert all(row["same_tokens"] and row["throughput"] > 0 for row in rows)
-    for one, many in pairs:
-        assert one["gain"] == 1 and one["bubble_fraction"] == 0
-        assert many["gain"] == pytest.approx(many["throughput"] / one["throughput"])
-        assert one["threads_per_rank"] == many["threads_per_rank"]
-    # Six turns of one lane out of two; of both lanes, a turn more until the last stage is done; two micro-batches.
-    bubbles = [1 - 6 / 12, *[1 - 12 / 13] * 3, 1 - 2 / 3]
-    assert [many["bubble_fraction"] for _, many in pairs] == pytest.approx(bubbles)
-    assert pairs[0][1]["throughput"] == pytest.approx(1e3 / pairs[0][1]["tpot_ms"])
-    assert pairs[-1][1]["throughput"] == pytest.approx(2 * 8 / pairs[-1][1]["seconds"])
-
-
 def test_bench_overlap_has_a_row_for_each_link_and_mode() -> None:
     done = labkit(
         "bench", "overlap", "--model", "random:smollm2-135m", "--batch", "2", "--prompt", "8", "--repeats", "1",
