@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from operator import floordiv, truediv
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -255,20 +256,12 @@ def _capacity_cases(rng: random.Random) -> list[Case]:
 def _fit(
     model: Shape, tp: int, layers: Sequence[float], free: Sequence[float], length: int, *,
     kv_heads: Callable[[Shape, int], float] = lambda m, tp: max(m.kv_heads / tp, 1), vectors: int = 2,
-    tokens: Callable[[int], float] = lambda length: -(-length // BLOCK) * BLOCK, which: Callable[[list[float]], float] = min,
-    itemsize: int | None = None,
+    tokens: Callable[[int], float] = lambda length: -(-length // BLOCK) * BLOCK, itemsize: int | None = None,
+    divided: Callable[[float, float], float] = floordiv, which: Callable[[list[float]], float] = min,
 ) -> float:  # fmt: skip
     """The right sum, `_capacity` without the engine, but for what is passed in."""
     row = vectors * kv_heads(model, tp) * model.head_dim * (itemsize or model.bytes_per_param)
-    return which([room // (n * row * tokens(length)) for n, room in zip(layers, free, strict=True)])
-
-
-def _even(model: Shape, tp: int, layers: Sequence[int], *rest: Any) -> float:
-    return _fit(model, tp, [sum(layers) / len(layers)] * len(layers), *rest)
-
-
-def _one_pot(model: Shape, tp: int, layers: Sequence[int], free: Sequence[int], length: int) -> float:
-    return _fit(model, 1, [sum(layers)], [tp * sum(free)], length)
+    return which([divided(room, n * row * tokens(length)) for n, room in zip(layers, free, strict=True)])
 
 
 _ON_EVERY_RANK = (
@@ -282,7 +275,7 @@ KV_CAPACITY = Exercise(
     reference=_capacity,
     unit=("sequences", 1.0),
     points=2,
-    tolerance=1e-9,  # to the sequence
+    tolerance=1e-6,  # to the sequence
     misconceptions=(
         Misconception("K and V are counted as one", "Each token leaves two vectors in every layer, a key and a value.",
             partial(_fit, vectors=1)),
@@ -298,7 +291,8 @@ KV_CAPACITY = Exercise(
             "A stage keeps keys and values of its own layers only: that is what a pipeline is for.",
             lambda m, tp, layers, *rest: _fit(m, tp, [sum(layers)] * len(layers), *rest)),
         Misconception("all stages are taken to have the same number of layers",
-            "They are cut by what they cost, and the embedding and the head count too: use layers[i].", _even),
+            "They are cut by what they cost, and the embedding and the head count too: use layers[i].",
+            lambda m, tp, layers, *rest: _fit(m, tp, [sum(layers) / len(layers)] * len(layers), *rest)),
         Misconception("only one layer is counted", "Every layer keeps keys and values of its own.",
             lambda m, tp, layers, *rest: _fit(m, tp, [1] * len(layers), *rest)),
         Misconception("only the first stage is looked at", _ON_EVERY_RANK,
@@ -308,7 +302,8 @@ KV_CAPACITY = Exercise(
         Misconception("the roomiest stage decides", _ON_EVERY_RANK, partial(_fit, which=max)),
         Misconception("what fits on the stages is added up", _ON_EVERY_RANK, partial(_fit, which=sum)),
         Misconception("the memory of all ranks is one pot",
-            f"A rank can't lend its memory to another. {_ON_EVERY_RANK}", _one_pot),
+            f"A rank can't lend its memory to another. {_ON_EVERY_RANK}",
+            lambda m, tp, layers, free, length: _fit(m, 1, [sum(layers)], [tp * sum(free)], length)),
         Misconception("the length is not rounded up to whole blocks",
             "The last block of a sequence is its own, though not full: 17 tokens take two blocks of 16.",
             partial(_fit, tokens=lambda length: length)),
@@ -320,7 +315,7 @@ KV_CAPACITY = Exercise(
             partial(_fit, tokens=lambda length: 1)),
         Misconception("a number takes one byte", "It takes bytes_per_param bytes.", partial(_fit, itemsize=1)),
         Misconception("a part of a sequence is counted", "Round down, on each rank: a sequence fits or it doesn't.",
-            lambda m, tp, layers, free, length: _fit(m, tp, layers, [1e6 * room for room in free], length) / 1e6),
+            partial(_fit, divided=truediv)),
     ),
     hints=(
         "How many bytes does one block of 16 tokens take on a rank of stage i? How many blocks does one sequence need?",
