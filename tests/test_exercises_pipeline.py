@@ -1,12 +1,14 @@
 """The exercises on pipelines and on KV capacity: each mistake that they know is told by its name, and the engine agrees."""
 
 import random
+from dataclasses import replace
 
 import nbformat
 import pytest
 from test_notebooks import ROOT
 
 from labkit.lab.check import check
+from labkit.lab.exercise import Case, distinct
 from labkit.lab.exercises import EXERCISES, memory, pipeline
 from labkit.lab.exercises.communication import served
 
@@ -46,6 +48,13 @@ def test_what_is_not_written_yet_is_not_attempted(name):
         raise NotImplementedError
 
     assert check(name, stub, seed=SEED).status == "not attempted"
+
+
+def test_misconceptions_that_no_case_can_tell_apart_are_refused():
+    finish = EXERCISES["pipeline.finish"]
+    twice = replace(finish, misconceptions=(finish.misconceptions[0],) * 2)
+    with pytest.raises(RuntimeError, match="pipeline.finish: no cases tell all its misconceptions"):
+        distinct(lambda: twice, lambda: [Case(((2, 5, 1), 3), "times 2 5 1")])
 
 
 # -- who works on what -------------------------------------------------------------------------------------------------

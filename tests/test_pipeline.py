@@ -57,6 +57,8 @@ def test_bench_pipeline_compares_with_one_rank_under_five_loads(
     assert [(one["batch"], many["batch"]) for one, many in pairs] == [(1, 1), (2, 2), (2, 4), (16, 16), (2, 2)]
     assert all((one["layout"]["pp"], many["layout"]["pp"]) == (1, 2) for one, many in pairs)
     assert all(row["same_tokens"] and row["throughput"] > 0 for row in rows)
+    for row in rows:  # what was served is what the row says
+        assert row["ranks"][0]["prompt_tokens"] == row["batch"] * row["prompt_tokens"]
     for one, many in pairs:
         assert one["gain"] == 1 and one["bubble_fraction"] == 0
         assert many["gain"] == pytest.approx(many["throughput"] / one["throughput"])
