@@ -4,14 +4,10 @@ import json
 import sys
 
 import pytest
+from test_batching import SHAPE
 
 from labkit import LLM, SamplingParams
 from labkit.cli import main
-
-SHAPE = {
-    "model_type": "llama", "vocab_size": 256, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
