@@ -44,6 +44,7 @@ SharedMemory = Annotated[
     bool, typer.Option("--shared-memory/--sockets", help="between ranks of one host: shared memory where it is there")
 ]
 Batch = Annotated[int, typer.Option(help="sequences at once")]
+MaxNumSeqs = Annotated[int, typer.Option(help="sequences in flight at once, on each replica")]
 PromptTokens = Annotated[int, typer.Option("--prompt", help="prompt tokens of each")]
 Repeats = Annotated[int, typer.Option(help="measured runs, after one to warm up")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of noise, and of random weights")]
@@ -138,6 +139,60 @@ def generate(
         _show(report)
 
     finish(result, as_json, show)
+
+
+@app.command()
+def serve(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at; 0 takes a free one")] = 8000,
+    max_model_len: Annotated[int, typer.Option(help="longest prompt plus output, in tokens")] = 2048,
+    max_num_seqs: MaxNumSeqs = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="tokens of one step")] = 4096,
+    kv_cache_tokens: Annotated[int | None, typer.Option(help="room in the KV cache of each replica")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    link: LinkRate = None,
+    as_json: Annotated[bool, typer.Option("--json", help="when ready, print one JSON object: url, model, layout")] = False,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API, over tp x pp x dp ranks, until Ctrl-C.
+
+    POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics (for Prometheus). Any OpenAI client
+    works: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").
+    """
+    from labkit.engine.llm import LLM
+    from labkit.serve.server import run
+
+    def ready(url: str, llm: LLM) -> None:
+        report = llm.report()
+        if as_json:
+            print(json.dumps({"url": url, "model": llm.model.name, "layout": report["layout"]}), flush=True)
+        else:
+            print(f"{llm.model.name}, {_degrees(report)}, {report['dtype']}: {url}/v1 (Ctrl-C ends it)", flush=True)
+
+    run(
+        model,
+        host=host,
+        port=port,
+        ready=ready,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        data_parallel_size=dp,
+        enable_expert_parallel=ep,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_tokens=kv_cache_tokens,
+        seed=seed,
+        threads=threads,
+        link=link,
+    )
 
 
 @bench.command("decode")
