@@ -6,6 +6,7 @@ import random
 import signal
 from itertools import pairwise
 
+import psutil
 import pytest
 from test_batching import LAYOUTS, SHAPE, llm_of, many, model
 
@@ -122,3 +123,23 @@ def test_a_rank_that_dies_is_told_to_all_who_wait_and_to_all_who_come(model: str
         llm.close()
 
     asyncio.run(asyncio.wait_for(scene(), 60))
+
+
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_memory_does_not_grow_with_the_requests_served(degrees: dict, model: str) -> None:
+    """2,000 requests: from the 500th on nothing is kept, on ranks or in the caller's process."""
+
+    async def scene() -> None:
+        async with engine(model, degrees, kv_cache_tokens=1024, max_num_seqs=16) as llm:
+            processes = [psutil.Process(pid) for pid in (os.getpid(), *llm.llm.ranks().pids)]
+            before: list[int] = []
+            for round_number in range(4):
+                rng = random.Random(round_number)
+                prompts = [[rng.randrange(256) for _ in range(rng.randint(1, 40))] for _ in range(500)]
+                await asyncio.gather(*(last(llm.generate(prompt, GREEDY)) for prompt in prompts))
+                resident = [process.memory_info().rss for process in processes]
+                before = before or resident
+            grown = [(now - then) / 1e6 for now, then in zip(resident, before, strict=True)]
+            assert max(grown) < 4, f"MB, of the caller and each rank: {grown}"
+
+    asyncio.run(scene())
