@@ -158,7 +158,9 @@ def serve(
     seed: Seed = 0,
     threads: Threads = None,
     link: LinkRate = None,
-    as_json: Annotated[bool, typer.Option("--json", help="when ready, print one JSON object: url, model, layout")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="when ready, print one JSON object: url, model, layout")
+    ] = False,
 ) -> None:
     """Serve a model over HTTP, with OpenAI's API, over tp x pp x dp ranks, until Ctrl-C.
 
@@ -337,6 +339,57 @@ def bench_experts(
     finish({"results": rows}, as_json, lambda: _table(rows, columns))
 
 
+@bench.command("serve")
+def bench_serve(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    threads: Threads = None,
+    max_num_seqs: MaxNumSeqs = 16,
+    url: Annotated[str, typer.Option(help="load this server instead of starting one, as http://127.0.0.1:8000")] = "",
+    rates: Annotated[str, typer.Option(help="requests per second, as 1,2,4 (default: by the measured capacity)")] = "",
+    seconds: Annotated[float, typer.Option(help="how long requests come, at each rate")] = 20,
+    prompt: Annotated[str, typer.Option(help="fewest and most prompt tokens of each")] = "16-128",
+    output: Annotated[str, typer.Option(help="fewest and most tokens to generate for each")] = "16-64",
+    seed: Annotated[int, typer.Option(help="of lengths, ids and arrivals")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="draw latency over throughput into this PNG file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load `labkit serve` with requests that arrive at random, at several rates: throughput, and what users wait for."""
+    from rich.table import Table
+
+    from labkit.measure.serving import serve
+
+    rows = serve(
+        model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, threads=threads, max_num_seqs=max_num_seqs, url=url,
+        rates=[float(rate) for rate in rates.split(",") if rate], seconds=seconds, prompt=_range(prompt),
+        output=_range(output), seed=seed,
+    )  # fmt: skip
+    if plot:
+        from labkit.lab.plots import load
+
+        load(rows).savefig(plot, dpi=110)
+
+    def show() -> None:
+        first = rows[0]
+        low, high = first["prompt_tokens"]
+        print(f"{first['model']}, {first['name']}, {first['dtype']}; {first['hardware']}")
+        print(f"{low} to {high} prompt tokens, {first['new_tokens'][0]} to {first['new_tokens'][1]} generated")
+        figures = [f"{name}{part}_ms" for name in ("ttft", "tpot", "itl", "e2e") for part in ("", "_p95", "_p99")]
+        names = ("requests", "achieved_per_s", "tokens_per_s", *figures, "queue_ms", "preemptions")
+        table = Table("requests/s", *(f"{row['rate']:.3g}" for row in rows))
+        for name in names:
+            table.add_row(name.replace("_", " "), *(_cell(row[name]) for row in rows))
+        console.print(table)
+        if first["oversubscribed"]:
+            print("oversubscribed: more ranks than devices, these times say little")
+
+    finish({"results": rows}, as_json, show)
+
+
 @bench.command("collectives")
 def bench_collectives(
     ranks: Annotated[str, typer.Option(help="numbers of ranks, as 2,3,4")] = "2,3,4",
@@ -422,6 +475,12 @@ def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a 
     )
 
 
+def _range(text: str) -> tuple[int, int]:
+    """ "16-128", or "64" for no range."""
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """One line for each row, and before them what all have in common."""
     from rich.table import Table
@@ -454,7 +513,9 @@ def _cell(value: Any) -> str:
 
 def _degrees(report: dict[str, Any]) -> str:
     """The layout in words."""
-    return " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or "one rank"
+    return " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or (
+        "one rank" if report["layout"] else "unknown layout"
+    )
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -198,6 +198,32 @@ def throughput(
     return picture
 
 
+def load(rows: Sequence[Mapping[str, Any]]) -> Picture:
+    """Latency over throughput, from `measure.serving.serve`'s rows; a curve for each `name`, a mark for each offered rate."""
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        curves.setdefault(row["name"], []).append(row)
+    said = "; ".join(
+        f"{name}: " + ", ".join(
+            f"at {row['tokens_per_s']:.0f} tokens/s TTFT {row['ttft_ms']:.0f} ms (p95 {row['ttft_p95_ms']:.0f}) and "
+            f"TPOT {row['tpot_ms'] or 0:.0f} ms" for row in own
+        )
+        for name, own in curves.items()
+    )  # fmt: skip
+    picture = Picture(f"Latency over throughput. {said}.", (9, 3.4))
+    for ax, (field, label) in zip(
+        picture.subplots(1, 2), (("ttft", "time to first token"), ("tpot", "time per output token")), strict=True
+    ):
+        for i, (name, own) in enumerate(curves.items()):
+            rates, colour = [row["tokens_per_s"] for row in own], COLOURS[(5, 6, 2, 3)[i % 4]]
+            ax.plot(rates, [row[f"{field}_ms"] for row in own], "osD^"[i % 4] + "-", color=colour, label=name)
+            ax.plot(rates, [row[f"{field}_p95_ms"] for row in own], ":", color=colour, linewidth=1.3)
+        ax.set(xlabel="tokens/s", ylabel="ms (dotted: p95)", title=label, ylim=(0, None), xlim=(0, None))
+        _bare(ax)
+    picture.axes[0].legend(frameon=False, fontsize=8)
+    return picture
+
+
 KINDS = {"compute": ("#dddddd", ""), "tp": ("#56B4E9", "//"), "pp": ("#E69F00", "\\\\"), "dp": ("#F0E442", "xx"),
          "waiting": ("#D55E00", ".."), "bubble": ("white", "..")}  # fmt: skip
 
