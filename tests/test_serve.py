@@ -110,7 +110,8 @@ def test_log_probabilities(client: openai.OpenAI, right: dict) -> None:
     own = [each[token] for each, token in zip(expected.logprobs, expected.token_ids, strict=True)]
     assert text.logprobs.token_logprobs == pytest.approx(own, abs=1e-3)
     assert "".join(text.logprobs.tokens) == text.text
-    assert [text.text[at:].startswith(t) for at, t in zip(text.logprobs.text_offset, text.logprobs.tokens, strict=True)]
+    at = text.logprobs.text_offset
+    assert [text.text[a:b] for a, b in zip(at, [*at[1:], None], strict=True)] == text.logprobs.tokens
     assert [len(top) for top in text.logprobs.top_logprobs] == [3] * 6
     chat = {
         "model": MODEL,
@@ -161,6 +162,8 @@ def test_streams_are_the_same_in_pieces(client: openai.OpenAI, served: Server, r
     assert len(pieces) > 40 and set(reasons.values()) == {"length"} and len(reasons) == 8
     assert end.choices == [] and end.usage.completion_tokens == 96
     with client.chat.completions.stream(model=MODEL, messages=QUESTION, temperature=0) as stream:
+        deltas = [event.chunk.choices[0].delta for event in stream if event.type == "chunk"]
+        assert [delta.role for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
         assert stream.get_final_completion().choices[0].message.content == right["chat"].outputs[0].text
     with httpx.stream(
         "POST", f"{served.url}/v1/completions", json=asked | {"prompt": COUNT, "stop": "three"}
