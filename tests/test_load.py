@@ -95,3 +95,14 @@ def test_the_curve_of_a_load_has_alt_text() -> None:
     assert len(data["image/png"]) > 1000
     assert "one rank: at 50 tokens/s TTFT 60 ms (p95 90) and TPOT 20 ms, at 99" in metadata["image/png"]["alt"]
     assert len(plots.load(rows).axes[0].lines) == 4
+
+
+def test_requests_over_time_have_alt_text() -> None:
+    rows = [
+        {"arrived": 0.0, "started": 0.1, "first": 0.3, "ended": 1.0},
+        {"arrived": 0.2, "started": 1.0, "first": 1.1, "ended": 2.0},
+    ]
+    picture = plots.requests(rows)
+    assert "at most 1 in the batch" in picture.alt
+    assert "request 1: came at 0.20 s, waiting 800 ms, prompt 100 ms, decoding 900 ms" in picture.alt
+    assert len(picture.axes[0].patches) == 6
