@@ -44,6 +44,7 @@ SharedMemory = Annotated[
     bool, typer.Option("--shared-memory/--sockets", help="between ranks of one host: shared memory where it is there")
 ]
 Batch = Annotated[int, typer.Option(help="sequences at once")]
+MaxNumSeqs = Annotated[int, typer.Option(help="sequences in flight at once, on each replica")]
 PromptTokens = Annotated[int, typer.Option("--prompt", help="prompt tokens of each")]
 Repeats = Annotated[int, typer.Option(help="measured runs, after one to warm up")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of noise, and of random weights")]
@@ -138,6 +139,62 @@ def generate(
         _show(report)
 
     finish(result, as_json, show)
+
+
+@app.command()
+def serve(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen at; 0 takes a free one")] = 8000,
+    max_model_len: Annotated[int, typer.Option(help="longest prompt plus output, in tokens")] = 2048,
+    max_num_seqs: MaxNumSeqs = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="tokens of one step")] = 4096,
+    kv_cache_tokens: Annotated[int | None, typer.Option(help="room in the KV cache of each replica")] = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    link: LinkRate = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="when ready, print one JSON object: url, model, layout")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP, with OpenAI's API, over tp x pp x dp ranks, until Ctrl-C.
+
+    POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics (for Prometheus). Any OpenAI client
+    works: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").
+    """
+    from labkit.engine.llm import LLM
+    from labkit.serve.server import run
+
+    def ready(url: str, llm: LLM) -> None:
+        report = llm.report()
+        if as_json:
+            print(json.dumps({"url": url, "model": llm.model.name, "layout": report["layout"]}), flush=True)
+        else:
+            print(f"{llm.model.name}, {_degrees(report)}, {report['dtype']}: {url}/v1 (Ctrl-C ends it)", flush=True)
+
+    run(
+        model,
+        host=host,
+        port=port,
+        ready=ready,
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        data_parallel_size=dp,
+        enable_expert_parallel=ep,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_tokens=kv_cache_tokens,
+        seed=seed,
+        threads=threads,
+        link=link,
+    )
 
 
 @bench.command("decode")
@@ -282,6 +339,57 @@ def bench_experts(
     finish({"results": rows}, as_json, lambda: _table(rows, columns))
 
 
+@bench.command("serve")
+def bench_serve(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    threads: Threads = None,
+    max_num_seqs: MaxNumSeqs = 16,
+    url: Annotated[str, typer.Option(help="load this server instead of starting one, as http://127.0.0.1:8000")] = "",
+    rates: Annotated[str, typer.Option(help="requests per second, as 1,2,4 (default: by the measured capacity)")] = "",
+    seconds: Annotated[float, typer.Option(help="how long requests come, at each rate")] = 20,
+    prompt: Annotated[str, typer.Option(help="fewest and most prompt tokens of each")] = "16-128",
+    output: Annotated[str, typer.Option(help="fewest and most tokens to generate for each")] = "16-64",
+    seed: Annotated[int, typer.Option(help="of lengths, ids and arrivals")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="draw latency over throughput into this PNG file")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load `labkit serve` with requests that arrive at random, at several rates: throughput, and what users wait for."""
+    from rich.table import Table
+
+    from labkit.measure.serving import serve
+
+    rows = serve(
+        model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, threads=threads, max_num_seqs=max_num_seqs, url=url,
+        rates=[float(rate) for rate in rates.split(",") if rate], seconds=seconds, prompt=_range(prompt),
+        output=_range(output), seed=seed,
+    )  # fmt: skip
+    if plot:
+        from labkit.lab.plots import load
+
+        load(rows).savefig(plot, dpi=110)
+
+    def show() -> None:
+        first = rows[0]
+        low, high = first["prompt_tokens"]
+        print(f"{first['model']}, {first['name']}, {first['dtype']}; {first['hardware']}")
+        print(f"{low} to {high} prompt tokens, {first['new_tokens'][0]} to {first['new_tokens'][1]} generated")
+        figures = [f"{name}{part}_ms" for name in ("ttft", "tpot", "itl", "e2e") for part in ("", "_p95", "_p99")]
+        names = ("requests", "achieved_per_s", "tokens_per_s", *figures, "queue_ms", "preemptions")
+        table = Table("requests/s", *(f"{row['rate']:.3g}" for row in rows))
+        for name in names:
+            table.add_row(name.replace("_", " "), *(_cell(row[name]) for row in rows))
+        console.print(table)
+        if first["oversubscribed"]:
+            print("oversubscribed: more ranks than devices, these times say little")
+
+    finish({"results": rows}, as_json, show)
+
+
 @bench.command("collectives")
 def bench_collectives(
     ranks: Annotated[str, typer.Option(help="numbers of ranks, as 2,3,4")] = "2,3,4",
@@ -367,6 +475,12 @@ def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a 
     )
 
 
+def _range(text: str) -> tuple[int, int]:
+    """ "16-128", or "64" for no range."""
+    low, _, high = text.partition("-")
+    return int(low), int(high or low)
+
+
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """One line for each row, and before them what all have in common."""
     from rich.table import Table
@@ -399,7 +513,9 @@ def _cell(value: Any) -> str:
 
 def _degrees(report: dict[str, Any]) -> str:
     """The layout in words."""
-    return " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or "one rank"
+    return " x ".join(f"{k}={v}" for k, v in report["layout"].items() if v > 1) or (
+        "one rank" if report["layout"] else "unknown layout"
+    )
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -198,6 +198,68 @@ def throughput(
     return picture
 
 
+def requests(rows: Sequence[Mapping[str, float]]) -> Picture:
+    """Requests one below the other, each waiting, with its prompt computed, then decoding; and how many were in the batch.
+
+    rows: `arrived`, `started` (first computed), `first` (token) and `ended` of each, in seconds.
+    """
+    kinds = {"waiting": ("arrived", "started", "white", ".."), "prompt": ("started", "first", "#E69F00", "//"),
+             "decoding": ("first", "ended", "#56B4E9", "")}  # fmt: skip
+    moves = sorted([(row["started"], 1) for row in rows] + [(row["ended"], -1) for row in rows])
+    at, count, counts = [0.0], 0, [0]
+    for second, change in moves:
+        count += change
+        at, counts = [*at, second], [*counts, count]
+    said = "; ".join(
+        f"request {i}: came at {row['arrived']:.2f} s, " + ", ".join(
+            f"{kind} {(row[stop] - row[start]) * 1e3:.0f} ms" for kind, (start, stop, _, _) in kinds.items()
+        )
+        for i, row in enumerate(rows)
+    )  # fmt: skip
+    picture = Picture(f"Requests over time, at most {max(counts)} in the batch. {said}.", (9, 1.9 + 0.18 * len(rows)))
+    heights = {"height_ratios": [0.18 * len(rows), 1]}
+    bars, batch = picture.subplots(2, 1, sharex=True, gridspec_kw=heights)
+    for kind, (start, stop, colour, hatch) in kinds.items():
+        bars.barh(
+            range(len(rows)), [row[stop] - row[start] for row in rows], left=[row[start] for row in rows], height=0.7,
+            facecolor=colour, hatch=hatch, edgecolor="black", linewidth=0.4, label=kind,
+        )  # fmt: skip
+    bars.set(ylabel="request", yticks=range(0, len(rows), 5))
+    bars.invert_yaxis()
+    bars.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    batch.fill_between(at, counts, step="post", color="#999999")
+    batch.set(ylabel="in batch", xlabel="s", ylim=(0, None))
+    for ax in (bars, batch):
+        _bare(ax)
+    return picture
+
+
+def load(rows: Sequence[Mapping[str, Any]]) -> Picture:
+    """Latency over throughput, from `measure.serving.serve`'s rows; a curve for each `name`, a mark for each offered rate."""
+    curves: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        curves.setdefault(row["name"], []).append(row)
+    said = "; ".join(
+        f"{name}: " + ", ".join(
+            f"at {row['tokens_per_s']:.0f} tokens/s TTFT {row['ttft_ms']:.0f} ms (p95 {row['ttft_p95_ms']:.0f}) and "
+            f"TPOT {row['tpot_ms'] or 0:.0f} ms" for row in own
+        )
+        for name, own in curves.items()
+    )  # fmt: skip
+    picture = Picture(f"Latency over throughput. {said}.", (9, 3.4))
+    for ax, (field, label) in zip(
+        picture.subplots(1, 2), (("ttft", "time to first token"), ("tpot", "time per output token")), strict=True
+    ):
+        for i, (name, own) in enumerate(curves.items()):
+            rates, colour = [row["tokens_per_s"] for row in own], COLOURS[(5, 6, 2, 3)[i % 4]]
+            ax.plot(rates, [row[f"{field}_ms"] for row in own], "osD^"[i % 4] + "-", color=colour, label=name)
+            ax.plot(rates, [row[f"{field}_p95_ms"] for row in own], ":", color=colour, linewidth=1.3)
+        ax.set(xlabel="tokens/s", ylabel="ms (dotted: p95)", title=label, ylim=(0, None), xlim=(0, None))
+        _bare(ax)
+    picture.axes[0].legend(frameon=False, fontsize=8)
+    return picture
+
+
 KINDS = {"compute": ("#dddddd", ""), "tp": ("#56B4E9", "//"), "pp": ("#E69F00", "\\\\"), "dp": ("#F0E442", "xx"),
          "waiting": ("#D55E00", ".."), "bubble": ("white", "..")}  # fmt: skip
 
