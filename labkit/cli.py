@@ -26,6 +26,10 @@ console = Console()
 ModelName = Annotated[
     str, typer.Option("--model", help="smollm2-135m, tiny-moe, a folder, a .gguf file, random:NAME, or a Hub id")
 ]
+ShapeName = Annotated[
+    str, typer.Option("--model", help="a registered shape (llama-3.1-70b, gpt-3-175b, ...), a config.json, or a model")
+]
+Context = Annotated[int, typer.Option(help="tokens of each sequence at its end")]
 Tp = Annotated[int, typer.Option("--tp", help="tensor-parallel degree")]
 Pp = Annotated[int, typer.Option("--pp", help="pipeline stages")]
 Dp = Annotated[int, typer.Option("--dp", help="data-parallel replicas")]
@@ -297,6 +301,44 @@ def bench_collectives(
 
 
 @app.command()
+def dryrun(
+    model: ShapeName = "llama-3.1-70b",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    batch: Batch = 1,
+    context: Context = 2048,
+    dtype: Dtype = "auto",
+    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass")] = 4096,
+    expert_exchange: ExpertExchange = "all_to_all",
+    expert_placement: ExpertPlacement = "contiguous",
+    device: Annotated[str, typer.Option(help="of the fake tensors: cuda or cpu")] = "cuda",
+    as_json: Json = False,
+) -> None:
+    """The engine on fake devices: bytes of each rank, operations and bytes of each token, for models no machine here holds."""
+    from labkit.predict.dryrun import dryrun as run
+
+    result = run(
+        model, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, context=context, dtype=dtype, step=step, device=device,
+        exchange=expert_exchange, placement=expert_placement,
+    )  # fmt: skip
+
+    def show() -> None:
+        print(f"{model}, {_degrees(result)}, {result['dtype']}, {batch} x {context} tokens, {result['device']}")
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for rank in result["ranks"]:
+            sizes = (f"{rank[name] / 1e9:.3f}" for name in ("weights_bytes", "kv_bytes", "peak_bytes"))
+            alike.setdefault((rank["stage"], rank["layers"], *sizes), []).append(rank["rank"])
+        columns = ("ranks", "stage", "layers", "weights GB", "KV GB", "peak GB")
+        _plain_table([dict(zip(columns, (_ranges(ranks), *kind), strict=True)) for kind, ranks in alike.items()])
+        print("between ranks, on the busiest, per token:")
+        _plain_table(result["comm"])
+
+    finish(result, as_json, show)
+
+
+@app.command()
 def lessons(
     names: Annotated[
         list[str] | None, typer.Argument(help="lessons, e.g. 03 or 03_tensor_parallel (default: all)")
@@ -354,6 +396,28 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     console.print(table)
     for text in sorted({row["link"]["label"] for row in linked}):
         console.print(f"link: {text}")
+
+
+def _plain_table(rows: list[dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    console.print(table)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _cell(value: Any) -> str:

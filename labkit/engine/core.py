@@ -135,7 +135,7 @@ class Engine:
                     schedulers[replica].commit(lane, step, ids[replica])
                 now = time.perf_counter() - began
                 if (own := plan.get(self.replica)) and own.sampled:
-                    rows = zip(own.sampled, sampled.tolist(), strict=True)
+                    rows = zip(own.sampled, self._look(sampled), strict=True)
                     yield [_token(request, row, now, queued[request.index]) for request, row in rows]
             plan = {replica: planned for replica, s in schedulers.items() if (planned := s.next_step(lane))}
             if self.options.debug:
@@ -168,11 +168,16 @@ class Engine:
         """The sampled ids of each replica that this rank follows."""
         own = (sampled[:, 0] if sampled.dim() == 2 else sampled).long()
         if not self.together:
-            return {self.replica: own.tolist()}
+            return {self.replica: self._look(own)}
         self._set_phase(plan)
         widest = max(len(step.sampled) for step in plan.values())
-        everyones = self.comm.all_gather(F.pad(own, (0, widest - len(own))), "dp", "ids").tolist() if widest else []
-        return {replica: everyones[replica][: len(step.sampled)] if widest else [] for replica, step in plan.items()}
+        everyones = self.comm.all_gather(F.pad(own, (0, widest - len(own))), "dp", "ids") if widest else own
+        rows = self._look(everyones)
+        return {replica: rows[replica][: len(step.sampled)] if widest else [] for replica, step in plan.items()}
+
+    def _look(self, x: torch.Tensor) -> list[Any]:
+        """Numbers of a computed tensor, on the host: waits for the device. (A dry run has none, and gives zeros.)"""
+        return x.tolist()
 
     def _watch_for_stops(self, requests: list[Request]) -> None:
         """Gives requests that end at a string what turns their tokens into text."""
@@ -237,7 +242,7 @@ class Engine:
             "shared_memory": sorted(self.comm.shared),
             "events": self.comm.events,
             "experts": [
-                {"layer": number, "placement": moe.placement, "tokens": moe.load.tolist()}
+                {"layer": number, "placement": moe.placement, "tokens": self._look(moe.load)}
                 for number, moe in self.decoder.moes.items()
             ],
             "comm": [
