@@ -18,7 +18,8 @@ from labkit.engine.scheduler import Step
 from labkit.model.find import find
 from labkit.model.shapes import SHAPES
 from labkit.parallel.expert import Spread
-from labkit.predict.dryrun import Allocated, Routing, config_of, dryrun, wire_bytes_per_token
+from labkit.predict.dryrun import Allocated, Routing, dryrun, wire_bytes_per_token
+from labkit.predict.shape import config_of
 from labkit.split import LayoutError, even
 
 BATCH, CONTEXT = 3, 24

@@ -37,10 +37,10 @@ from labkit.model import attention
 from labkit.model.checkpoint import Piece, Weights
 from labkit.model.config import ModelConfig, MoEConfig
 from labkit.model.decoder import check_layout
-from labkit.model.find import Model, find
+from labkit.model.find import Model
 from labkit.model.gguf_import import cache_root
-from labkit.model.shapes import SHAPES
 from labkit.parallel.expert import EXCHANGES, MoE, Spread
+from labkit.predict.shape import config_of
 
 # A CPU build of torch lets fake tensors be on "cuda" once this does nothing for it.
 _GUARD = """
@@ -155,11 +155,6 @@ def dryrun(
 def wire_bytes_per_token(rank: Mapping[str, Any], phase: str) -> float:
     """Bytes that a rank (`Engine.report`) sends for each token of its replica."""
     return sum(entry["wire_bytes"] / max(entry["tokens"], 1) for entry in rank["comm"] if entry["phase"] == phase)
-
-
-def config_of(model: str) -> ModelConfig:
-    """The config of what `LLM` takes as a model, of a registered shape, or in a config.json."""
-    return find(f"random:{model}" if model in SHAPES or Path(model).suffix == ".json" else model).config
 
 
 def guard() -> Path | None:
