@@ -29,6 +29,14 @@ ModelName = Annotated[
 ShapeName = Annotated[
     str, typer.Option("--model", help="a registered shape (llama-3.1-70b, gpt-3-175b, ...), a config.json, or a model")
 ]
+HardwareSpec = Annotated[
+    str,
+    typer.Option(
+        help="h100-sxm, a100-80gb, ..., a .json file, or values: h100-sxm,link_gbs=100; links are per direction"
+    ),
+]
+EngineName = Annotated[str, typer.Option(help="whose efficiency: typical, vllm, sglang, tensorrt-llm, gpt-fast")]
+Precision = Annotated[str, typer.Option("--dtype", help="of weights: auto, bfloat16, fp8, int8, int4, ...")]
 Context = Annotated[int, typer.Option(help="tokens of each sequence at its end")]
 Tp = Annotated[int, typer.Option("--tp", help="tensor-parallel degree")]
 Pp = Annotated[int, typer.Option("--pp", help="pipeline stages")]
@@ -334,6 +342,70 @@ def dryrun(
         _plain_table([dict(zip(columns, (_ranges(ranks), *kind), strict=True)) for kind, ranks in alike.items()])
         print("between ranks, on the busiest, per token:")
         _plain_table(result["comm"])
+
+    finish(result, as_json, show)
+
+
+@app.command()
+def predict(
+    model: ShapeName = "llama-3.1-70b",
+    hardware: HardwareSpec = "h100-sxm",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    dp: Dp = 1,
+    ep: Ep = False,
+    batch: Batch = 1,
+    context: Context = 2048,
+    dtype: Precision = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="of the KV cache: auto, float32, bfloat16, float16 or fp8")] = "auto",
+    engine: EngineName = "typical",
+    prompt: Annotated[int | None, typer.Option(help="tokens of each prompt (default: the context)")] = None,
+    output: Annotated[
+        int | None, typer.Option(help="tokens of each answer, for a server that always has --batch requests in flight")
+    ] = None,
+    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass")] = 8192,
+    imbalance: Annotated[float | None, typer.Option(help="load of the busiest expert rank over the mean")] = None,
+    validate: Annotated[bool, typer.Option(help="errors against published measurements, fitted and held out")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time per token, time to the first, memory and communication of a deployment, as sums of terms with their sources."""
+    if validate:
+        from labkit.predict.calibrate import validation
+
+        errors = validation()
+
+        def show_errors() -> None:
+            print("relative errors of the cost model against published measurements (labkit.predict.calibrate):")
+            for name, each in errors.items():
+                parts = {"": each} if "median" in each else {} if isinstance(each, list) else each
+                for part, sizes in parts.items():
+                    title = f"{name.replace('_', ' ')}{part and ': '}{part}"
+                    print(
+                        f"  {title:60} {sizes['rows']:4} rows, median {sizes['median']:6.1%}, worst {sizes['worst']:6.1%}"
+                    )
+
+        finish(errors, as_json, show_errors)
+    from labkit.predict.cost import predict as run
+
+    result = run(
+        model, hardware, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, context=context, dtype=dtype, kv_dtype=kv_dtype,
+        engine_=engine, prompt=prompt, output=output, step=step, imbalance=imbalance,
+    )  # fmt: skip
+
+    def show() -> None:
+        memory = result["memory"]
+        print(f"{model} on {result['hardware']}, {_degrees(result)}, {result['dtype']}, engine {result['engine']}")
+        speed = f"TPOT {result['tpot_ms']:.2f} ms, {result['tokens_per_s']:,.0f} tokens/s"
+        print(f"{batch} sequences of {result['context']} tokens: {speed}")
+        print(f"a prompt of {result['prompt']} tokens alone: TTFT {result['ttft_ms']:.1f} ms")
+        print(
+            f"a GPU holds {memory['weights_gb']:.1f} GB of weights, {memory['kv_gb']:.1f} of KV cache, about "
+            f"{memory['activations_gb']:.1f} of activations: {'fits' if memory['fits'] else 'does not fit'} in "
+            f"{memory['usable_gb']:.1f} GB; it sends {result['comm_bytes_per_token']:,.0f} bytes per token"
+        )
+        _plain_table(result["terms"])
+        for name, source in result["sources"].items():
+            print(f"{name}: {source}")
 
     finish(result, as_json, show)
 

@@ -25,6 +25,8 @@ from labkit.predict import hardware as hw_
 from labkit.predict.hardware import HERE, Hardware, hardware
 from labkit.predict.shape import WEIGHT_BYTES, WEIGHT_ONLY, Shape, shape_of, stages
 
+# Of a GPU's memory; the rest is the driver's, the communication library's and lost between allocations. (vLLM's default.)
+USABLE = 0.9
 KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 
 
@@ -54,7 +56,10 @@ class Engine:
 @cache
 def engines() -> dict[str, Engine]:
     """The engines of engines.json, by name."""
-    return {name: Engine(name, **values) for name, values in json.loads((HERE / "engines.json").read_text())["engines"].items()}
+    return {
+        name: Engine(name, **values)
+        for name, values in json.loads((HERE / "engines.json").read_text())["engines"].items()
+    }
 
 
 def engine(name: str) -> Engine:
@@ -129,7 +134,7 @@ class Deployment:
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
     def weights(self, stage: int, rank: int = 0) -> float:
-        """Bytes of weights on the `rank`-th tensor-parallel rank of a stage. With expert parallelism, of the fullest replica's."""
+        """Bytes of weights on the `rank`-th tensor-parallel rank of a stage; of its experts, the most that a rank has."""
         tp, shape = self.layout.tp, self.shape
         matrices = vectors = 0
         for layer in stages(shape, self.layout.pp)[stage]:
@@ -177,6 +182,17 @@ class Deployment:
             total += 2 * 4 * self.sequences * self._vocabulary(0)
         return total
 
+    def memory(self) -> dict[str, Any]:
+        """What the fullest GPU holds, in GB, and whether that is within `USABLE` of its memory."""
+        ranks = [(stage, rank) for stage in self._kinds() for rank in range(self.layout.tp)]
+        parts = {(s, r): (self.weights(s, r), self.kv(s, r), self.activations(s)) for s, r in ranks}
+        stage, rank = max(parts, key=lambda at: sum(parts[at]))
+        names = ("weights_gb", "kv_gb", "activations_gb")
+        sizes = dict(zip(names, (size / 1e9 for size in parts[stage, rank]), strict=True))
+        total = sum(sizes.values())
+        limit = USABLE * self.hw.memory_gb
+        return {**sizes, "total_gb": total, "usable_gb": limit, "fits": total <= limit, "stage": stage}
+
     @property
     def _wide(self) -> str:
         """What is not quantised is in 16 bits."""
@@ -196,56 +212,80 @@ class Deployment:
 
     def _experts_held(self, rank: int) -> int:
         assert self.shape.moe
-        return len(split.even(self.shape.moe.experts, self.layout.ep)[rank]) if self.layout.ep > 1 else self.shape.moe.experts
+        return (
+            len(split.even(self.shape.moe.experts, self.layout.ep)[rank])
+            if self.layout.ep > 1
+            else self.shape.moe.experts
+        )
 
     # -- one pass of one stage -----------------------------------------------------------------------------------------
 
     def stage(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Terms:
-        """Terms of a pass over `tokens` of `sequences`, which reads the K and V of `kv_tokens` and scores `pairs` of a query and a
-        key; on the first tensor-parallel rank, which has no less than the others."""
-        terms, shape, hw, engine, layout = Terms(), self.shape, self.hw, self.engine, self.layout
-        tp, dtype = layout.tp, self.load.dtype
-        layers = stages(shape, layout.pp)[stage]
-        efficiency = engine.bandwidth * engine.weight_only.get(dtype, 1.0)
-        bandwidth, rate = efficiency * hw.bandwidth_gbs * 1e9, engine.arithmetic * hw.attained * hw.tflops(dtype) * 1e12
-        sparse = sum(shape.sparse(layer) for layer in layers)
-        one = WEIGHT_BYTES[dtype]
-        params: float = len(layers) * shape.attention(tp, 0) + (len(layers) - sparse) * shape.mlp(tp, 0, shape.intermediate)
-        read, flops = params * one, 2 * params * tokens
-        if stage == layout.pp - 1:
+        """Terms of a pass over `tokens` of `sequences`, which reads the K and V of `kv_tokens` and scores `pairs` of a query and
+        a key; on the first tensor-parallel rank, which has no less than the others."""
+        terms, shape, engine, tp = Terms(), self.shape, self.engine, self.layout.tp
+        layers = stages(shape, self.layout.pp)[stage]
+        sparse = sum(map(shape.sparse, layers))
+        read, flops, experts = self._work(stage, tokens, sequences)
+        self._products(terms, read, flops)
+        kv_read = len(layers) * shape.kv_numbers(tp, 0) * KV_BYTES[self.load.kv_dtype] * kv_tokens
+        kv_rate, kv_source = self._reading("")
+        terms.put("KV cache", kv_read / kv_rate, f"{kv_read / 1e9:.3g} GB at {kv_source}")
+        score_rate, score_source = self._arithmetic("bfloat16")
+        scores = len(layers) * shape.score_flops(tp, 0) * pairs / score_rate
+        beyond = max(0.0, scores - kv_read / kv_rate)
+        terms.put("attention scores beyond reading", beyond, f"in 16 bits, at {score_source}")
+        by = f"(engine {engine.name})"
+        terms.put("layers", len(layers) * engine.layer_us * 1e-6, f"{engine.layer_us:.1f} us each {by}")
+        if sparse:
+            terms.put("routers", sparse * engine.moe_layer_us * 1e-6, f"{engine.moe_layer_us:.1f} us each {by}")
+        each = len(layers) * sequences * engine.sequence_us * 1e-6
+        terms.put("sequences", each, f"{engine.sequence_us:.2f} us each and layer {by}")
+        self._exchanges(terms, stage, tokens, sequences, sparse)
+        if sparse and self.layout.ep > 1:
+            rate, _ = self._arithmetic(self.load.dtype)
+            self._expert_exchanges(terms, tokens, sparse, experts / rate)
+        return terms
+
+    def _work(self, stage: int, tokens: int, sequences: int) -> tuple[float, float, float]:
+        """Of a pass: bytes of weights that are read, operations of matrix products, and of these the experts'."""
+        shape, tp, layers = self.shape, self.layout.tp, stages(self.shape, self.layout.pp)[stage]
+        one = WEIGHT_BYTES[self.load.dtype]
+        sparse = sum(map(shape.sparse, layers))
+        params = len(layers) * shape.attention(tp, 0) + (len(layers) - sparse) * shape.mlp(tp, 0, shape.intermediate)
+        params += sparse * shape.mlp(tp, 0, shape.shared_width)
+        read, flops, experts = params * one, 2.0 * params * tokens, 0.0
+        if stage == self.layout.pp - 1:
             table = self._vocabulary(0) * shape.hidden
             read, flops = read + table * self._head_bytes, flops + 2 * table * sequences
-        expert_flops = 0.0
         if shape.moe and sparse:
-            touched, expert_flops = self._experts(tokens)
-            shared = shape.mlp(tp, 0, shape.shared_width)
-            read += sparse * (touched * one + shared * one + shape.moe.experts * shape.hidden * 2)
-            expert_flops *= sparse
-            flops += expert_flops + sparse * 2 * shared * tokens
-        reading = read / bandwidth
-        datasheet = f"{hw.name} ({hw.source})"
-        terms.put(
-            "weights", reading,
-            f"{read / 1e9:.4g} GB at {efficiency:.2f} ({engine.name}: {engine.source}) of {hw.bandwidth_gbs:g} GB/s, {datasheet}",
-        )  # fmt: skip
-        rates = f"{engine.arithmetic:.2f} ({engine.name}: {engine.source}) of {hw.attained:g} x {hw.tflops(dtype):g} TFLOP/s, {datasheet}"
-        terms.put(
-            "arithmetic beyond reading", max(0.0, flops / rate - reading), f"{flops / 1e12:.3g} TFLOP at {rates}"
+            touched, each = self._experts(tokens)
+            experts = sparse * each
+            read += sparse * (touched * one + shape.moe.experts * shape.hidden * 2)
+        return read, flops + experts, experts
+
+    def _reading(self, dtype: str) -> tuple[float, str]:
+        """Bytes per second at which weights in `dtype` come, or, for "", what is used as it is; and a source."""
+        part = self.engine.bandwidth * self.engine.weight_only.get(dtype, 1.0)
+        source = f"{part:.2f} (engine {self.engine.name}) of {self.hw.bandwidth_gbs:g} GB/s ({self.hw.name})"
+        return part * self.hw.bandwidth_gbs * 1e9, source
+
+    def _arithmetic(self, dtype: str) -> tuple[float, str]:
+        """Operations per second of matrix products, and a source."""
+        part, hw = self.engine.arithmetic, self.hw
+        peak = hw.attained * hw.tflops(dtype)
+        source = (
+            f"{part:.2f} ({self.engine.name}: {self.engine.source}) of {hw.attained:g} x {hw.tflops(dtype):g} TFLOP/s"
         )
-        kv_read = len(layers) * shape.kv_numbers(tp, 0) * KV_BYTES[self.load.kv_dtype] * kv_tokens
-        kv_reading = kv_read / (engine.bandwidth * hw.bandwidth_gbs * 1e9)
-        scores = len(layers) * shape.score_flops(tp, 0) * pairs / (engine.arithmetic * hw.attained * hw.bf16_tflops * 1e12)
-        terms.put("KV cache", kv_reading, f"{kv_read / 1e9:.3g} GB at {engine.bandwidth:.2f} of {hw.bandwidth_gbs:g} GB/s")
-        terms.put("attention scores beyond reading", max(0.0, scores - kv_reading), f"in 16 bits, at {rates}")
-        fixed = len(layers) * engine.layer_us * 1e-6 + sparse * engine.moe_layer_us * 1e-6
-        extra = f" and {engine.moe_layer_us:.1f} us for experts" if sparse else ""
-        terms.put("layers", fixed, f"{engine.layer_us:.1f} us each{extra} ({engine.name}: {engine.source})")
-        terms.put(
-            "sequences", len(layers) * sequences * engine.sequence_us * 1e-6,
-            f"{engine.sequence_us:.2f} us each and layer ({engine.name}: {engine.source})",
-        )  # fmt: skip
-        self._exchanges(terms, stage, tokens, sequences, len(layers), sparse, expert_flops / rate)
-        return terms
+        return part * peak * 1e12, f"{source} ({hw.source})"
+
+    def _products(self, terms: Terms, read: float, flops: float) -> None:
+        """Matrix products: as long as their weights take to come, or as their arithmetic takes, whichever is longer."""
+        bandwidth, source = self._reading(self.load.dtype)
+        terms.put("weights", read / bandwidth, f"{read / 1e9:.4g} GB at {source}")
+        rate, source = self._arithmetic(self.load.dtype)
+        beyond = max(0.0, flops / rate - read / bandwidth)
+        terms.put("arithmetic beyond reading", beyond, f"{flops / 1e12:.3g} TFLOP at {source}")
 
     def _experts(self, tokens: int) -> tuple[float, float]:
         """Of one layer: expert parameters that a rank reads, of those experts that any token asks for if all are equally likely;
@@ -258,40 +298,63 @@ class Deployment:
         rows = together * moe.per_token / layout.ep
         return self._experts_held(0) * asked * size, 2 * size * rows
 
-    def _exchanges(
-        self, terms: Terms, stage: int, tokens: int, sequences: int, layers: int, sparse: int, experts: float
-    ) -> None:
-        """All that the ranks of a stage do together in a pass; experts: seconds of their arithmetic, of which the busiest rank
-        has more."""
-        shape, layout, hw = self.shape, self.layout, self.hw
-        size = shape.hidden * self._residual
-        tp = layout.tp
-        if tp > 1:
-            reduce = hw_.all_reduce(hw, self.engine.name, tp, tokens * size)
-            count = 2 * layers - (sparse if layout.ep > 1 else 0)
-            terms.put("all-reduce", count * reduce.seconds, f"{count} of {tokens * size:,} bytes; {reduce.source}")
-            if self.engine.head and stage == 0:
-                terms.put("embedding", reduce.seconds, f"one more; {reduce.source}")
-            if self.engine.head and stage == layout.pp - 1:
-                gather = hw_.gather(hw, tp, 16 * sequences)  # two numbers of each, as the engine here; others gather all logits
-                terms.put("logits", gather.seconds, gather.source)
-        if not (sparse and layout.ep > 1 and shape.moe):
+    def _exchanges(self, terms: Terms, stage: int, tokens: int, sequences: int, sparse: int) -> None:
+        """All-reduces behind attention and dense MLPs, of the embedding, and the choice of the next token."""
+        layout, hw, tp = self.layout, self.hw, self.layout.tp
+        if tp == 1:
             return
+        size = tokens * self.shape.hidden * self._residual
+        reduce = hw_.all_reduce(hw, self.engine.name, tp, size)
+        count = 2 * len(stages(self.shape, layout.pp)[stage]) - (sparse if layout.ep > 1 else 0)
+        terms.put("all-reduce", count * reduce.seconds, f"{count} of {size:,} bytes; {reduce.source}")
+        if self.engine.head and stage == 0:
+            terms.put("embedding", reduce.seconds, f"one more; {reduce.source}")
+        if self.engine.head and stage == layout.pp - 1:
+            # Two numbers of each rank and sequence, as in the engine here; others gather all logits.
+            gather = hw_.gather(hw, self.engine.name, tp, 16 * sequences)
+            terms.put("logits", gather.seconds, gather.source)
+
+    def _expert_exchanges(self, terms: Terms, tokens: int, sparse: int, arithmetic: float) -> None:
+        """Tokens to their experts and back; and what the busiest rank has more of, of that and of the experts' `arithmetic`."""
+        moe, layout, hw, tp = self.shape.moe, self.layout, self.hw, self.layout.tp
+        assert moe
+        rows = tokens * layout.dp * moe.per_token / layout.ep
+        busiest = self.load.imbalance or min(layout.ep, 1 + math.sqrt(2 * math.log(layout.ep) / max(rows, 1)))
+        late = (busiest - 1) * arithmetic
         mine = -(-tokens // tp)
-        numbers = mine * shape.moe.per_token * shape.hidden
-        narrow = 1 + 4 / 128 if self.load.dtype == "fp8" else 2  # fp8 with a float32 scale for 128 numbers, as DeepEP sends it
-        both = Terms()
+        numbers = mine * moe.per_token * self.shape.hidden
+        narrow = (
+            1 + 4 / 128 if self.load.dtype == "fp8" else 2
+        )  # fp8 with a float32 scale for 128 numbers, as DeepEP sends it
         for op, width in (("dispatch", narrow), ("combine", 2)):
-            exchange = hw_.expert_exchange(hw, op, layout.ep, numbers * width)
-            both.put(f"expert {op}", sparse * exchange.seconds, f"{sparse} of {numbers * width:,.0f} bytes; {exchange.source}")
-        terms.add(both)
+            even, more = (hw_.expert_exchange(hw, op, layout.ep, numbers * width * part) for part in (1, busiest))
+            terms.put(f"expert {op}", sparse * even.seconds, f"{sparse} of {numbers * width:,.0f} bytes; {even.source}")
+            late += sparse * (more.seconds - even.seconds)
         if tp > 1:
-            gather = hw_.gather(hw, tp, mine * size)
+            gather = hw_.gather(hw, self.engine.name, tp, mine * self.shape.hidden * self._residual)
             terms.put("expert results to tp ranks", sparse * gather.seconds, gather.source)
-        rows = tokens * layout.dp * shape.moe.per_token / layout.ep
-        busiest = self.load.imbalance or 1 + math.sqrt(2 * math.log(layout.ep) / max(rows, 1))
-        why = "as given" if self.load.imbalance else f"of {rows:.3g} rows each, by chance: 1 + sqrt(2 ln {layout.ep} / rows)"
-        terms.put("expert imbalance", (busiest - 1) * (both.seconds + experts), f"busiest rank over mean {busiest:.2f}, {why}")
+        why = "as given" if self.load.imbalance else f"by chance: 1 + sqrt(2 ln {layout.ep} / {rows:.3g} rows)"
+        terms.put("expert imbalance", late, f"busiest rank over mean {busiest:.2f}, {why}")
+
+    def wire_bytes_per_token(self) -> float:
+        """Bytes that the rank which sends most sends for a token of one sequence, in decode, as the engine here counts them
+        (`labkit.comm`); to and from experts, what even routing makes on average."""
+        shape, layout, tp, pp = self.shape, self.layout, self.layout.tp, self.layout.pp
+        row = shape.hidden * self._residual
+        reduce = 2 * (tp - 1) * row // tp
+        most = 0.0
+        for stage, layers in enumerate(stages(shape, pp)):
+            sparse = sum(map(shape.sparse, layers)) if layout.ep > 1 else 0
+            sent: float = (2 * len(layers) - sparse + (stage == 0)) * reduce + (16 * (tp - 1) if stage == pp - 1 else 0)
+            sent += (row if stage < pp - 1 else 8) if pp > 1 else 0
+            if sparse and shape.moe:
+                chosen, experts, ep = shape.moe.per_token, shape.moe.experts, layout.ep
+                missed = math.comb(experts - experts // ep, chosen) / math.comb(experts, chosen)
+                sent += sparse * (
+                    2 * (ep - 1) * (1 - missed) * row / tp + (ep - 1) * 8 * chosen / tp + (tp - 1) * row / tp
+                )
+            most = max(most, sent)
+        return most
 
     # -- tokens and prompts --------------------------------------------------------------------------------------------
 
@@ -387,7 +450,7 @@ EXCHANGES = {
 
 def deployment(
     model: str, hardware_: str | Hardware, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False,
-    engine_: str = "vllm", load: Load | None = None,
+    engine_: str = "typical", load: Load | None = None,
 ) -> Deployment:  # fmt: skip
     """Checks that they fit together: raises ModelError, LayoutError or ValueError."""
     shape, layout, load = shape_of(model), Layout(tp=tp, pp=pp, dp=dp, expert_parallel=ep), load or Load()
@@ -408,3 +471,61 @@ def deployment(
             raise ValueError(f"{name}={value!r}: use {', '.join(legal)}")
     hw = hardware(hardware_) if isinstance(hardware_, str) else hardware_
     return Deployment(shape, hw, chosen, layout, load)
+
+
+def predict(
+    model: str, hardware_: str | Hardware, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False,
+    engine_: str = "typical", batch: int = 1, context: int = 2048, dtype: str = "auto", kv_dtype: str = "auto",
+    prompt: int | None = None, output: int | None = None, step: int = 8192, imbalance: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """How fast a deployment would be.
+
+    Args:
+        model: a registered shape, a config.json, or what `LLM` takes. hardware_: `labkit.predict.hardware.hardware`.
+        batch: sequences in flight, in all replicas together. context: tokens that each has in the cache.
+        dtype, kv_dtype: of weights and of the cache. "auto": 16 bits; of the cache, what the engine does.
+        engine_: whose efficiencies and fixed costs (engines.json); "typical" was fitted on all engines together.
+        prompt, output: tokens of each request to a server that always has `batch` of them in flight. Then `context` is what
+            they have on average, prompt + output / 2, and between two tokens of one the prompts of others are computed.
+        step: tokens of one prefill pass. imbalance: load of the busiest expert-parallel rank over the mean.
+
+    Returns `tpot_ms` (between two tokens of a sequence), `ttft_ms` (for one prompt alone, of `prompt` tokens or else `context`),
+    `tokens_per_s` (all sequences), `memory_gb_per_gpu` and its parts on the fullest GPU, `comm_bytes_per_token` (sent by one
+    rank), and `terms` and `ttft_terms`, which add up to the times: name, ms, source; `sources` of the hardware's and engine's
+    figures that they name.
+    Raises ModelError, LayoutError or ValueError.
+    """
+    per_token = 0.0
+    if output is not None:
+        prompt = prompt or context
+        context, per_token = round(prompt + output / 2), prompt / output
+    load = Load(
+        batch=batch, context=context, dtype="bfloat16" if dtype == "auto" else dtype, kv_dtype=kv_dtype,
+        prompt=prompt or context, step=step, prompt_tokens_per_token=per_token, imbalance=imbalance,
+    )  # fmt: skip
+    at = deployment(model, hardware_, tp=tp, pp=pp, dp=dp, ep=ep, engine_=engine_, load=load)
+    decode, prefill, memory = at.decode(), at.prefill(), at.memory()
+    return {
+        "model": model,
+        "hardware": at.hw.name,
+        "engine": at.engine.name,
+        "layout": at.layout.as_dict(),
+        "dtype": at.load.dtype,
+        "kv_dtype": at.load.kv_dtype,
+        "batch": batch,
+        "context": context,
+        "prompt": at.load.prompt,
+        "tpot_ms": decode.seconds * 1e3,
+        "ttft_ms": prefill.seconds * 1e3,
+        "tokens_per_s": batch / decode.seconds,
+        "memory_gb_per_gpu": memory["total_gb"],
+        "memory": memory,
+        "comm_bytes_per_token": at.wire_bytes_per_token(),
+        "terms": _rows(decode),
+        "ttft_terms": _rows(prefill),
+        "sources": {f"hardware {at.hw.name}": at.hw.source, f"engine {at.engine.name}": at.engine.source},
+    }
+
+
+def _rows(terms: Terms) -> list[dict[str, Any]]:
+    return [{"name": t.name, "ms": t.seconds * 1e3, "source": t.source} for t in terms.values() if t.seconds]

@@ -12,7 +12,7 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ HERE = Path(__file__).parent
 LINKS = ("switch", "mesh", "pcie")
 # Engines, and whose all-reduce each uses among the GPUs of a node. TensorRT-LLM's and gpt-fast's have no tables of their own:
 # both are one- and two-shot kernels, as the ones named here.
-ALL_REDUCE = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "sglang", "gpt-fast": "vllm", "nccl": "nccl"}
+ALL_REDUCE = {
+    "typical": "vllm",
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "tensorrt-llm": "sglang",
+    "gpt-fast": "vllm",
+    "nccl": "nccl",
+}
 # Seconds that a message needs from node to node besides its bytes: what DeepEP's small dispatch takes longer over 16 GPUs on
 # two nodes than over 8 on one (collectives.csv: 22.6 and 14.5 us), and half as much again for a handshake of NCCL's.
 INTERNODE_SECONDS = 12e-6
@@ -57,7 +64,13 @@ class Hardware:
 
     def tflops(self, dtype: str) -> float:
         """Peak dense rate of matrix products; weights in int8 and int4 are multiplied in 16 bits."""
-        return self.bf16_tflops / 2 if dtype == "float32" else self.fp8_tflops or self.bf16_tflops if dtype == "fp8" else self.bf16_tflops
+        return (
+            self.bf16_tflops / 2
+            if dtype == "float32"
+            else self.fp8_tflops or self.bf16_tflops
+            if dtype == "fp8"
+            else self.bf16_tflops
+        )
 
     def link_to(self, ranks: int) -> float:
         """GB/s per direction that a rank has to the others of a group of `ranks` inside a node."""
@@ -102,9 +115,11 @@ def hardware(spec: str) -> Hardware:
 
 
 def _hardware(values: Mapping[str, Any]) -> Hardware:
-    names = {f.name: f.type for f in fields(Hardware)}
+    names: dict[str, Any] = {f.name: f.type for f in fields(Hardware)}
     if wrong := set(values) - set(names):
-        raise ValueError(f"hardware {values.get('name')}: no field {', '.join(sorted(wrong))}; there are {', '.join(names)}")
+        raise ValueError(
+            f"hardware {values.get('name')}: no field {', '.join(sorted(wrong))}; there are {', '.join(names)}"
+        )
     if lacking := {"memory_gb", "bandwidth_gbs", "bf16_tflops"} - set(values):
         raise ValueError(f"hardware {values['name']}: {', '.join(sorted(lacking))} is needed")
     try:
@@ -129,14 +144,14 @@ class Curve:
     """Measured times (seconds) over sizes (bytes, as nccl-tests counts them), of one hardware, operation and number of ranks."""
 
     sizes: tuple[float, ...]
-    seconds: tuple[float, ...]
+    measured: tuple[float, ...]
+    seconds: tuple[float, ...]  # as measured, less the noise
     source: str
 
     @classmethod
     def of(cls, sizes: Sequence[float], seconds: Sequence[float], source: str) -> "Curve":
-        """From measured points. A larger message can't be faster, since a smaller one could be filled up: what looks so is noise."""
-        clean = [min(seconds[i:]) for i in range(len(seconds))]
-        return cls(tuple(sizes), tuple(clean), source)
+        """From measured points. A smaller message can't take longer, since it could be filled up: what looks so is noise."""
+        return cls(tuple(sizes), tuple(seconds), tuple(min(seconds[i:]) for i in range(len(seconds))), source)
 
     def at(self, size: float) -> float:
         """Seconds for `size` bytes: log-log interpolation; beyond the largest in proportion; below the smallest as that."""
@@ -177,7 +192,11 @@ def in_node(hw: Hardware, op: str, algorithm: str, ranks: int, size: float, know
     used = name if (name, op, algorithm) in known or (name, op, "nccl") in known else "h100-sxm"
     scale = table()[used].link_to(ranks) / hw.link_to(ranks)
     seconds = _over_ranks(by_ranks, ranks, size * scale)
-    borrowed = "" if used == hw.name else f", as on {used}" + (f" with links {1 / scale:.2g} times as fast" if scale != 1 else "")
+    borrowed = (
+        ""
+        if used == hw.name
+        else f", as on {used}" + (f" with links {1 / scale:.2g} times as fast" if scale != 1 else "")
+    )
     which = algorithm if (used, op, algorithm) in known else "nccl"
     return Timed(seconds, f"collectives.csv: {which} {op}, {ranks} ranks{borrowed}")
 
@@ -215,13 +234,13 @@ def all_reduce(hw: Hardware, engine: str, ranks: int, payload: float) -> Timed:
     )
 
 
-def gather(hw: Hardware, ranks: int, payload: float) -> Timed:
+def gather(hw: Hardware, engine: str, ranks: int, payload: float) -> Timed:
     """`payload` bytes of each of `ranks` neighbouring GPUs, to all of them."""
     if ranks == 1:
         return Timed(0.0, "one rank")
     per_node = min(ranks, hw.node_gpus)
     nodes = -(-ranks // per_node)
-    inside = in_node(hw, "all_gather", "nccl", per_node, payload * ranks)
+    inside = in_node(hw, "all_gather", ALL_REDUCE[engine], per_node, payload * ranks)
     if nodes == 1:
         return inside
     between = math.ceil(math.log2(nodes)) * INTERNODE_SECONDS + payload * (nodes - 1) / (hw.internode_gbs * 1e9)
