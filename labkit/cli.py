@@ -35,6 +35,13 @@ HardwareSpec = Annotated[
         help="h100-sxm, a100-80gb, ..., a .json file, or values: h100-sxm,link_gbs=100; links are per direction"
     ),
 ]
+PromptLength = Annotated[int | None, typer.Option("--prompt", help="tokens of each prompt (default: the context)")]
+OutputLength = Annotated[
+    int | None,
+    typer.Option("--output", help="tokens of each answer, for a server that always has --batch requests in flight"),
+]
+PrefillStep = Annotated[int, typer.Option("--step", help="prompt tokens of one forward pass")]
+KvPrecision = Annotated[str, typer.Option("--kv-dtype", help="of the KV cache: auto, float32, bfloat16, float16, fp8")]
 EngineName = Annotated[str, typer.Option(help="whose efficiency: typical, vllm, sglang, tensorrt-llm, gpt-fast")]
 Precision = Annotated[str, typer.Option("--dtype", help="of weights: auto, bfloat16, fp8, int8, int4, ...")]
 Context = Annotated[int, typer.Option(help="tokens of each sequence at its end")]
@@ -318,7 +325,7 @@ def dryrun(
     batch: Batch = 1,
     context: Context = 2048,
     dtype: Dtype = "auto",
-    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass")] = 4096,
+    step: PrefillStep = 4096,
     expert_exchange: ExpertExchange = "all_to_all",
     expert_placement: ExpertPlacement = "contiguous",
     device: Annotated[str, typer.Option(help="of the fake tensors: cuda or cpu")] = "cuda",
@@ -357,13 +364,11 @@ def predict(
     batch: Batch = 1,
     context: Context = 2048,
     dtype: Precision = "auto",
-    kv_dtype: Annotated[str, typer.Option(help="of the KV cache: auto, float32, bfloat16, float16 or fp8")] = "auto",
+    kv_dtype: KvPrecision = "auto",
     engine: EngineName = "typical",
-    prompt: Annotated[int | None, typer.Option(help="tokens of each prompt (default: the context)")] = None,
-    output: Annotated[
-        int | None, typer.Option(help="tokens of each answer, for a server that always has --batch requests in flight")
-    ] = None,
-    step: Annotated[int, typer.Option(help="prompt tokens of one forward pass")] = 8192,
+    prompt: PromptLength = None,
+    output: OutputLength = None,
+    step: PrefillStep = 8192,
     imbalance: Annotated[float | None, typer.Option(help="load of the busiest expert rank over the mean")] = None,
     validate: Annotated[bool, typer.Option(help="errors against published measurements, fitted and held out")] = False,
     as_json: Json = False,
@@ -408,6 +413,60 @@ def predict(
             print(f"{name}: {source}")
 
     finish(result, as_json, show)
+
+
+@app.command()
+def plan(
+    gpus: Annotated[int, typer.Option(help="how many there are")],
+    model: ShapeName = "llama-3.1-70b",
+    hardware: HardwareSpec = "h100-sxm",
+    context: Context = 2048,
+    batch: Annotated[int, typer.Option(help="sequences in flight, in all replicas together")] = 1,
+    rate: Annotated[float | None, typer.Option(help="requests per second, instead of --batch; needs --output")] = None,
+    objective: Annotated[
+        str, typer.Option(help="latency (time per token) or throughput (with a full memory)")
+    ] = "latency",
+    dtype: Precision = "auto",
+    kv_dtype: KvPrecision = "auto",
+    engine: EngineName = "typical",
+    prompt: PromptLength = None,
+    output: OutputLength = None,
+    step: PrefillStep = 8192,
+    as_json: Json = False,
+) -> None:
+    """Every layout of a model on some GPUs: what does not fit and why, what is best and why, and commands that launch it."""
+    from labkit.predict.plan import plan as run
+    from labkit.predict.plan import words
+
+    result = run(
+        model, hardware, gpus=gpus, context=context, batch=batch, rate=rate, objective=objective, dtype=dtype,
+        kv_dtype=kv_dtype, engine_=engine, prompt=prompt, output=output, step=step,
+    )  # fmt: skip
+
+    def show() -> None:
+        usable = result["usable_gb_per_gpu"]
+        print(
+            f"{model} on {gpus} x {result['hardware']}, {result['dtype']}, {usable:.1f} GB usable each, for {objective}"
+        )
+        columns = ("memory_gb_per_gpu", "tpot_ms", "ttft_ms", "tokens_per_s", "max_batch", "max_tokens_per_s")
+        fitting = [row for row in result["layouts"] if row["fits"]]
+        if fitting:
+            _plain_table(
+                [
+                    {
+                        "layout": words(row["layout"]),
+                        **{name: row[name] for name in columns},
+                        "Pareto": "*" * row["pareto"],
+                    }
+                    for row in fitting
+                ]
+            )
+        for row in result["layouts"]:
+            print(f"{words(row['layout'])}{'' if row['fits'] else ' does not fit'}: {row['reason']}")
+        for program, line in (result["recommended"] or {"commands": {}})["commands"].items():
+            print(f"\n{program}:\n{line}")
+
+    finish(result, as_json, show, ok=result["recommended"] is not None)
 
 
 @app.command()

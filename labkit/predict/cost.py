@@ -135,19 +135,16 @@ class Deployment:
 
     def weights(self, stage: int, rank: int = 0) -> float:
         """Bytes of weights on the `rank`-th tensor-parallel rank of a stage; of its experts, the most that a rank has."""
-        tp, shape = self.layout.tp, self.shape
-        matrices = vectors = 0
-        for layer in stages(shape, self.layout.pp)[stage]:
-            matrices += shape.attention(tp, rank)
-            vectors += shape.attention_vectors(tp, rank)
-            if shape.moe and shape.sparse(layer):
-                held, width_tp = self._experts_held(rank), 1 if self.layout.ep > 1 else tp
-                matrices += held * shape.mlp(width_tp, rank if width_tp > 1 else 0, shape.moe.width)
-                matrices += shape.mlp(tp, rank, shape.shared_width)
-                vectors += shape.moe.experts * shape.hidden
-            else:
-                matrices += shape.mlp(tp, rank, shape.intermediate)
-                vectors += shape.mlp_vectors(tp, rank)
+        tp, shape, layers = self.layout.tp, self.shape, stages(self.shape, self.layout.pp)[stage]
+        sparse = sum(map(shape.sparse, layers))
+        dense = len(layers) - sparse
+        matrices = len(layers) * shape.attention(tp, rank) + dense * shape.mlp(tp, rank, shape.intermediate)
+        vectors = len(layers) * shape.attention_vectors(tp, rank) + dense * shape.mlp_vectors(tp, rank)
+        if shape.moe and sparse:
+            whole = self.layout.ep > 1
+            expert = shape.mlp(1, 0, shape.moe.width) if whole else shape.mlp(tp, rank, shape.moe.width)
+            matrices += sparse * (self._experts_held(rank) * expert + shape.mlp(tp, rank, shape.shared_width))
+            vectors += sparse * shape.moe.experts * shape.hidden
         first, last = stage == 0, stage == self.layout.pp - 1
         table = self._vocabulary(rank) * shape.hidden
         wide = WEIGHT_BYTES[self._wide]
@@ -184,7 +181,7 @@ class Deployment:
 
     def memory(self) -> dict[str, Any]:
         """What the fullest GPU holds, in GB, and whether that is within `USABLE` of its memory."""
-        ranks = [(stage, rank) for stage in self._kinds() for rank in range(self.layout.tp)]
+        ranks = [(stage, rank) for stage in self.kinds() for rank in self._shares()]
         parts = {(s, r): (self.weights(s, r), self.kv(s, r), self.activations(s)) for s, r in ranks}
         stage, rank = max(parts, key=lambda at: sum(parts[at]))
         names = ("weights_gb", "kv_gb", "activations_gb")
@@ -363,7 +360,7 @@ class Deployment:
         load, pp = self.load, self.layout.pp
         micro = -(-self.sequences // self.lanes)
         attended = micro * self.shape.kv_tokens(load.context)
-        kinds = self._kinds()
+        kinds = self.kinds()
         each = {s: self.stage(s, micro, micro, attended, attended).add(self._prompts_between(s, micro)) for s in kinds}
         terms = Terms()
         for stage, count in kinds.items():
@@ -378,7 +375,7 @@ class Deployment:
         """Terms of one prompt alone, up to its first token."""
         chunks = -(-self.load.prompt // self.load.step)
         size = -(-self.load.prompt // chunks)
-        kinds, terms = self._kinds(), Terms()
+        kinds, terms = self.kinds(), Terms()
         for chunk in range(chunks):
             before = self.shape.kv_tokens(chunk * size)
             pairs = size * self.shape.kv_tokens((chunk + 0.5) * size)
@@ -416,7 +413,15 @@ class Deployment:
             return shape.moe.per_token * shape.mlp(1, 0, shape.moe.width) / tp + shape.mlp(tp, 0, shape.shared_width)
         return shape.mlp(tp, 0, shape.intermediate)
 
-    def _kinds(self) -> dict[int, int]:
+    def _shares(self) -> list[int]:
+        """A tensor-parallel rank of each kind, by how much it has of what is cut."""
+        shape, tp = self.shape, self.layout.tp
+        heads = [(len(share.query), len(share.kv)) for share in split.heads(shape.heads, shape.kv_heads, tp)]
+        widths = (shape.vocab, shape.intermediate, shape.shared_width, shape.moe.width if shape.moe else 0)
+        parts = zip(heads, *(map(len, split.even(width, tp)) for width in widths), strict=True)
+        return list({kind: rank for rank, kind in reversed(list(enumerate(parts)))}.values())
+
+    def kinds(self) -> dict[int, int]:
         """A stage of each kind, by its layers and whether it is the first or last, and how many are like it."""
         seen: dict[tuple[int, int, bool, bool], int] = {}
         counts: dict[int, int] = {}
