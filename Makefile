@@ -21,7 +21,7 @@ env: .venv/.ready
 
 # The stamp is written last. A set-up that failed or was interrupted leaves none and begins again from an empty .venv;
 # a complete one is brought up to date in place.
-.venv/.ready: pyproject.toml constraints.txt Makefile labkit/shm.c
+.venv/.ready: pyproject.toml constraints.txt Makefile $(wildcard labkit/native/*.[ch])
 	@command -v "$(PYTHON)" >/dev/null || { \
 	    echo "No $(PYTHON) found. Install Python 3.11 or newer, or name one: make env PYTHON=/path/to/python3"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \

@@ -220,6 +220,37 @@ def bench_prefill(
     finish({"results": rows}, as_json, lambda: _table(rows, ("name", "seconds", "prompt_tokens_per_s", "same_tokens")))
 
 
+@bench.command("pipeline")
+def bench_pipeline(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    pp: Pp = 2,
+    batch: Annotated[int, typer.Option(help="requests in flight on one rank, and for each stage of the pipeline")] = 8,
+    prompt: Annotated[int, typer.Option("--prompt", help="tokens of each prompt in the prefill")] = 512,
+    tokens: Annotated[int, typer.Option(help="tokens to generate for each request in decode")] = 32,
+    step: Annotated[int, typer.Option(help="tokens of one forward pass in the prefill")] = 512,
+    repeats: Repeats = 3,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """A pipeline against one rank: one request, as many requests on both, as many per stage, and prefill."""
+    from labkit.measure.bench import pipeline
+
+    rows = pipeline(
+        model,
+        dtype=dtype,
+        pp=pp,
+        batch=batch,
+        prompt=prompt,
+        tokens=tokens,
+        step=step,
+        repeats=repeats,
+        threads=threads,
+    )
+    columns = ("name", "batch", "throughput", "gain", "tpot_ms", "bubble_fraction", "same_tokens")
+    finish({"results": rows}, as_json, lambda: _table(rows, columns))
+
+
 @bench.command("overlap")
 def bench_overlap(
     model: ModelName = "smollm2-135m",
@@ -513,8 +544,12 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """One line for each row, and before them what all have in common."""
     from rich.table import Table
 
-    common = f"{rows[0]['model']}, {_degrees(rows[0])}, {rows[0]['dtype']}, batch {rows[0]['batch']}"
-    table = Table(title=f"{common}, {rows[0]['prompt_tokens']} prompt tokens; {rows[0]['hardware']}")
+    said = [
+        (row["model"], _degrees(row), row["dtype"], f"batch {row['batch']}", f"{row['prompt_tokens']} prompt tokens")
+        for row in rows
+    ]
+    common = [values[0] for values in zip(*said, strict=True) if len(set(values)) == 1]
+    table = Table(title=f"{', '.join(common)}; {rows[0]['hardware']}")
     linked = [row for row in rows if row.get("link")]
     for name in (*columns, *(("link: Gbit/s asked, measured",) if linked else ())):
         table.add_column(name.replace("_", " "), no_wrap=name == "name")

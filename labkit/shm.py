@@ -1,4 +1,4 @@
-"""Shared memory between the ranks of one host: the way round gloo's sockets for small messages. `shm.c` does the work.
+"""Shared memory between the ranks of one host: the way round gloo's sockets for small messages. `native/shm.c` does the work.
 
 Between two ranks on a core each, an all-reduce of 2 KB takes some 5 us here and 300 us or more through gloo: `labkit bench
 collectives` shows both over all sizes. The C file is compiled when labkit is installed, if there is a C compiler; without
@@ -6,7 +6,6 @@ it, off Linux, or between hosts, `join` finds none, and everything goes through 
 """
 
 import ctypes
-import importlib.util
 import os
 import secrets
 from functools import cache
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from labkit import native
 from labkit.mesh import Mesh
 
 # How often to look at a flag before the core is given up, and then before sleeping.
@@ -29,19 +29,18 @@ _OPS = {1: "all_reduce", 2: "all_gather", 3: "reduce_scatter", 4: "all_to_all"}
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled `shm.c`, or None where there is none. Calls release Python's lock."""
-    spec = importlib.util.find_spec("labkit._shm")
-    if spec is None or spec.origin is None or not hasattr(os, "memfd_create"):
+    found = native.load("_shm") if hasattr(os, "memfd_create") else None
+    if found is None:
         return None
-    lib = ctypes.CDLL(spec.origin)
     p, i, n, d = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_double
-    for name, result, args in (
-        ("size", n, (i, n)), ("open", p, (i, i, i, n, d, i, i)), ("tag", ctypes.c_uint64, (p, i)),
-        ("all_reduce", i, (p, p, n, i, n)), ("all_gather", i, (p, p, p, n)),
-        ("reduce_scatter", i, (p, p, p, n, i)), ("all_to_all", i, (p, p, p, p, p, ctypes.c_uint64)),
-    ):  # fmt: skip
-        function = getattr(lib, f"labkit_{name}")
-        function.restype, function.argtypes = result, args
-    return lib
+    return native.declare(
+        found,
+        {
+            "size": (n, (i, n)), "open": (p, (i, i, i, n, d, i, i)), "tag": (ctypes.c_uint64, (p, i)),
+            "all_reduce": (i, (p, p, n, i, n)), "all_gather": (i, (p, p, p, n)),
+            "reduce_scatter": (i, (p, p, p, n, i)), "all_to_all": (i, (p, p, p, p, p, ctypes.c_uint64)),
+        },
+    )  # fmt: skip
 
 
 def join(mesh: Mesh, host: str, timeout: float, *, alone: bool) -> "dict[str, SharedMemory]":

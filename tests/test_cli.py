@@ -176,6 +176,7 @@ def test_doctor_says_what_fails_and_how_to_mend_it(monkeypatch: pytest.MonkeyPat
         (["generate"], 2, "Missing argument"),
         (["bench", "decode", "--tokens", "1"], 2, "tokens=1"),
         (["bench", "prefill", "--tp", "2", "--compare"], 2, "give a link"),
+        (["bench", "pipeline", "--pp", "1"], 2, "pp=1, tokens=32: use 2 or more"),
         (["bench", "collectives", "--ops", "allreduce"], 2, "no operation 'allreduce'"),
         (["generate", "hello", "--link", "fast"], 2, "link 'fast'"),
         (["generate", "hello", "--overlap", "both"], 2, "overlap='both'"),

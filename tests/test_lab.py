@@ -379,6 +379,10 @@ def test_every_figure_carries_alt_text_with_its_numbers():
     figures = [
         (plots.collectives(sizes, {"all_reduce": [(256, 2.0, 0.256)]}), "all_reduce: 3 us at 256 bytes, 4 us at 512"),
         (plots.gantt(trace, title="one rank"), "rank 0: compute 2.0 ms."),
+        (
+            plots.throughput({1: 20, 8: 130}, {2: 39, 16: 250}, {2: 40}, stages=2),
+            "each stage, PP=2: 39 at 1, 250 at 8; by requests for each stage, PP=2, predicted: 40 at 1, 260 at 8.",
+        ),
         (plots.gains(["1gbit"], {"chunks": [1.5]}, {"bound": [2.0]}), "bound: 2.00 at 1gbit; chunks: 1.50 at 1gbit"),
         (plots.owners({"9 query heads": [s.query for s in shares]}), "rank 1 holds 5 to 8"),
         (plots.memory({"TP=2": [138e6, 131e6]}), "TP=2: 138.0, 131.0"),

@@ -135,8 +135,9 @@ def test_a_trace_of_a_run_has_no_gap_and_opens_in_perfetto(layout: Layout) -> No
         kinds = {s.kind for s in row}
         assert {"compute", "tp" if layout.tp == 2 else "pp"} <= kinds <= {"compute", "waiting", "bubble", "tp", "pp"}
     if layout.pp == 2:  # the second stage has nothing to do until the first has passed something on
-        first = next(s for s in trace if s.rank == 1 and not s.flight)
-        assert first.kind == "bubble"
+        first = [next(s for s in trace if s.rank == rank and not s.flight) for rank in (0, 1)]
+        assert [s.kind for s in first] == ["compute", "bubble"]
+        assert first[0].ended > first[1].ended / 2  # both from when the second stage began to wait
     opened = json.loads(json.dumps(chrome(trace)))["traceEvents"]
     slices = [e for e in opened if e["ph"] == "X"]
     assert len(slices) == len(trace) and all(e["dur"] >= 0 and e["ts"] >= 0 for e in slices)

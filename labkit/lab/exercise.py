@@ -122,5 +122,20 @@ class Exercise:
         return f"off by up to {(a - b).abs().max().item():.3g} (largest right number: {_largest(b):.3g})"
 
 
+def distinct(exercise: Callable[[], Exercise], draw: Callable[[], list[Case]]) -> list[Case]:
+    """Cases, drawn until the right answer and all misconceptions of `exercise()` differ from each other.
+
+    Raises RuntimeError after 100 draws: then two of its answers are the same thing.
+    """
+    for _ in range(100):
+        cases, asked = draw(), exercise()
+        makers = [asked.reference, *(wrong.answer for wrong in asked.misconceptions)]
+        answers = [[asked.answers(make, case) for case in cases] for make in makers]
+        pairs = ((a, b) for i, a in enumerate(answers) for b in answers[:i])
+        if all(max(map(asked.distance, a, b)) > 2 * asked.tolerance for a, b in pairs):
+            return cases
+    raise RuntimeError(f"{exercise().name}: no cases tell all its misconceptions and the right answer from each other")
+
+
 def _largest(x: torch.Tensor) -> float:
     return max(x.abs().max().item(), 1e-30) if x.numel() else 1.0

@@ -163,6 +163,41 @@ def collectives(
     return picture
 
 
+def throughput(
+    one: Mapping[int, float], piped: Mapping[int, float], predicted: Mapping[int, float], stages: int
+) -> Picture:
+    """Tokens/s of one rank and of a pipeline by the requests in flight (the keys), and by those for each stage.
+
+    predicted: the pipeline's, drawn dashed. On the right, where both have as many for each stage, `stages` times one rank's.
+    """
+    single, piped = dict(one), dict(piped)  # from Series too
+    alone = {n: rate for n, rate in single.items() if n * stages in piped}
+    each = [alone, {n: piped[n * stages] for n in alone}, {n: rate * stages for n, rate in alone.items()}]
+    panels = [
+        ("by requests in flight", [single, piped, dict(predicted)]),
+        ("by requests for each stage", each),
+    ]
+    names = ("one rank", f"PP={stages}", f"PP={stages}, predicted")
+    said = "; ".join(
+        f"{title}, {name}: " + ", ".join(f"{rate:.0f} at {n}" for n, rate in rates.items())
+        for title, curves in panels for name, rates in zip(names, curves, strict=True)
+    )  # fmt: skip
+    picture = Picture(f"Tokens per second of all requests together. {said}.", (9, 3.4))
+    for ax, (title, curves) in zip(picture.subplots(1, 2, sharey=True), panels, strict=True):
+        for name, rates, style, colour in zip(
+            names, curves, ("o-", "s-", "--"), ("#0072B2", "#D55E00", "black"), strict=True
+        ):
+            ax.plot(list(rates), list(rates.values()), style, color=colour, linewidth=1.3, label=name)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ax.set_xticks(list(curves[0]), [str(n) for n in curves[0]])
+        ax.yaxis.set_major_formatter("{x:.0f}")
+        ax.set(title=title, xlabel="requests", ylabel="tokens/s")
+        _bare(ax)
+    picture.axes[0].legend(frameon=False, fontsize=8)
+    return picture
+
+
 KINDS = {"compute": ("#dddddd", ""), "tp": ("#56B4E9", "//"), "pp": ("#E69F00", "\\\\"), "dp": ("#F0E442", "xx"),
          "waiting": ("#D55E00", ".."), "bubble": ("white", "..")}  # fmt: skip
 

@@ -30,43 +30,51 @@ def in_turns(
     """Serves the same `batch` prompts of `prompt` tokens, `tokens` generated for each, with each variant in turn.
 
     Args:
-        variants: by name, arguments of `LLM`. shared: those that all have in common.
+        variants: by name, arguments of `LLM`; also `batch`, for a variant that serves another number of prompts. shared: those
+            that all have in common.
         prompts: the token ids, random ones by default.
         repeats: rounds that count, after one to warm up.
 
     Returns a row for each variant: the report (`LLM.report`) of its median run, by TPOT or, for one token, by time, with
     `name`, `seconds`, all `seconds_all` and `ttft_ms_all` (sorted), the workload, and `same_tokens`: whether it generated what
-    the first did.
+    the first did, for the prompts that both served.
     """
     if min(batch, prompt, tokens, repeats) < 1:
         raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
+    batches = {name: arguments.get("batch", batch) for name, arguments in variants.items()}
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     llms: dict[str, LLM] = {}
     runs: dict[str, list[Row]] = {name: [] for name in variants}
     ids: dict[str, list[list[int]]] = {}
     try:
         for name, arguments in variants.items():
-            llms[name] = LLM(model, **{"max_model_len": prompt + tokens, "max_num_seqs": batch, **shared, **arguments})
+            own = {key: value for key, value in arguments.items() if key != "batch"}
+            llms[name] = LLM(
+                model, **{"max_model_len": prompt + tokens, "max_num_seqs": batches[name], **shared, **own}
+            )
         vocab = next(iter(llms.values())).model.config.vocab
         if prompts is None:
-            prompts = torch.randint(0, vocab, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+            size = (max(batches.values()), prompt)
+            prompts = torch.randint(0, vocab, size, generator=torch.Generator().manual_seed(0)).tolist()
         for _ in range(repeats + 1):
             for name, llm in llms.items():
-                outputs = llm.generate(prompts, params)
+                outputs = llm.generate(prompts[: batches[name]], params)
                 ids[name] = [output.outputs[0].token_ids for output in outputs]
                 report = llm.report()
-                runs[name].append(report | {"seconds": batch * tokens / report["tokens_per_s"]})
+                runs[name].append(report | {"seconds": batches[name] * tokens / report["tokens_per_s"]})
     finally:
         for llm in llms.values():
             llm.close()
     rows = []
+    first = ids[next(iter(ids))]
     for name, reports in runs.items():
+        both = min(batches[name], len(first))
         ranked = sorted(reports[1:], key=lambda r: r["tpot_ms"] or r["seconds"])
         rows.append(ranked[(len(ranked) - 1) // 2] | {
-            "name": name, "model": model, "batch": batch, "prompt_tokens": prompt, "new_tokens": tokens, "repeats": repeats,
-            "seconds_all": sorted(r["seconds"] for r in ranked), "tpot_ms_all": [r["tpot_ms"] for r in ranked],
-            "ttft_ms_all": sorted(r["ttft_ms"] for r in ranked),
-            "same_tokens": ids[name] == ids[next(iter(ids))],
+            "name": name, "model": model, "batch": batches[name], "prompt_tokens": prompt, "new_tokens": tokens,
+            "repeats": repeats, "seconds_all": sorted(r["seconds"] for r in ranked),
+            "tpot_ms_all": [r["tpot_ms"] for r in ranked], "ttft_ms_all": sorted(r["ttft_ms"] for r in ranked),
+            "same_tokens": ids[name][:both] == first[:both],
         })  # fmt: skip
     return rows
 
@@ -134,6 +142,47 @@ def prefill(
     )  # fmt: skip
     for row in rows:
         row["prompt_tokens_per_s"] = batch * prompt / row["seconds"]
+    return rows
+
+
+def pipeline(
+    model: str, *, dtype: str = "auto", pp: int = 2, batch: int = 8, prompt: int = 512, tokens: int = 32, step: int = 512,
+    repeats: int = 3, threads: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """A pipeline and one rank, with as many threads as one of its stages, take turns under five loads.
+
+    Decode, `tokens` for each request behind a prompt of 32: one request alone; `batch` of them; `batch` for each stage, against
+    `batch` on one rank; 8 x `batch`. Prefill: `batch` prompts of `prompt` tokens, `step` of them in a forward pass.
+
+    Rows are `in_turns`'s, two for each load, with `load`, `throughput` (decode: tokens/s of all requests while they decode,
+    batch / TPOT; prefill: prompt tokens/s) and `gain`, its ratio to that of the one rank.
+    """
+    if pp < 2 or tokens < 2:
+        raise ValueError(f"pp={pp}, tokens={tokens}: use 2 or more")
+    threads = threads or threads_per_rank(pp)
+    loads = {  # requests on one rank, requests in the pipeline, tokens of each prompt, new ones
+        "1 in flight": (1, 1, 32, tokens),
+        f"{batch} in flight": (batch, batch, 32, tokens),
+        f"{batch} per stage": (batch, pp * batch, 32, tokens),
+        f"{8 * batch} in flight": (8 * batch, 8 * batch, 32, tokens),
+        f"prefill of {batch}": (batch, batch, prompt, 1),
+    }
+    rows = []
+    for load, (alone, together, length, new) in loads.items():
+        variants = {
+            f"{load}, one rank": {"batch": alone},
+            f"{load}, PP={pp}": {"pipeline_parallel_size": pp, "batch": together},
+        }
+        pair = in_turns(
+            model, variants, batch=alone, prompt=length, tokens=new, repeats=repeats, dtype=dtype, threads=threads,
+            max_num_batched_tokens=step if new == 1 else 32 * together,
+        )  # fmt: skip
+        for row in pair:
+            tpot = row["tpot_ms"]
+            row["load"] = load
+            row["throughput"] = row["batch"] / tpot * 1e3 if tpot else row["batch"] * length / row["seconds"]
+            row["gain"] = row["throughput"] / pair[0]["throughput"]
+        rows += pair
     return rows
 
 

@@ -31,7 +31,12 @@ def examine() -> dict[str, Any]:
         (
             "shared memory",
             _shared_memory,
-            "reading labkit's compiled part failed: remove labkit/_shm*.so and run `make env`",
+            "reading labkit's compiled part failed: remove labkit/native/*.so and .venv/.ready, run `make env`",
+        ),
+        (
+            "C kernels",
+            _kernels,
+            "reading labkit's compiled part failed: remove labkit/native/*.so and .venv/.ready, run `make env`",
         ),
         ("emulated links", _links, "links are then emulated in software; user namespaces, ip and tc make real ones"),
         ("disk", _disk, "free some space: the default model's cache takes 0.3 GB"),
@@ -90,6 +95,14 @@ def _shared_memory() -> str:
     if library():
         return "ranks of this machine talk through it"
     return "absent, so ranks talk through sockets; with Linux and a C compiler: remove .venv/.ready, run `make env`"
+
+
+def _kernels() -> str:
+    from labkit.model.kernels import library
+
+    if library():
+        return "decode steps on CPUs go through them"
+    return "absent, so layers are PyTorch's alone; with GCC and AVX2 or AVX-512: remove .venv/.ready, run `make env`"
 
 
 def _links() -> str:

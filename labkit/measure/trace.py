@@ -33,14 +33,14 @@ def spans(events: Sequence[Sequence[Event]], layout: Layout) -> list[Span]:
     out: list[Span] = []
     for rank, mine in enumerate(events):
         entered = _all_here(rank, events, layout)
-        now = None
+        now = start  # whatever a rank does before its first operation is computing
         for event, others in zip(mine, entered, strict=True):
             kind, op, axis, phase, what, began, ended = event
             name = f"{phase} {op} {what}".strip()
             if kind == "flight":
                 out.append(Span(rank, axis, name, began, ended, flight=True))
                 continue
-            if now is not None and began > now:
+            if began > now:
                 out.append(Span(rank, "compute", phase, now, began))
             now = ended
             idle = "bubble" if axis == "pp" else "waiting"

@@ -6,8 +6,10 @@ cache that its table names, in order (PagedAttention, arXiv 2309.06180); who get
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,8 @@ from torch import nn
 
 from labkit import split
 from labkit.comm import Comm, Forward
-from labkit.model.checkpoint import Piece, parameter
+from labkit.model import kernels
+from labkit.model.checkpoint import Piece, norm_weight
 from labkit.model.config import ModelConfig
 from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 
@@ -33,13 +36,35 @@ class Batch:
     slots: torch.Tensor  # (N,) where in the cache each token's K and V go: block x block size + offset
     last: torch.Tensor  # (B,) where in N the last token stands of each sequence that wants logits
     singles: int  # sequences with one token
-    blocks: slice | torch.Tensor  # theirs, (singles, n); a slice for one sequence of neighbouring blocks: no copy
+    tables: torch.Tensor | None  # (singles, n) their blocks, filled up with any; None without singles
     context: int  # tokens of the longest of them, this step's included
-    mask: torch.Tensor | None  # (singles, 1, 1, context), True where there is a token; None if all are equally long
     # Of the others: tokens in this step, position of the first, table of blocks if that isn't 0.
     pieces: list[tuple[int, int, torch.Tensor | None]]
     # Tokens of each replica in this step, this one's N among them, where they take steps together; else [N].
     replicas: list[int]
+    size: int  # tokens in a block of the cache
+    rope: tuple[torch.Tensor, torch.Tensor] = field(init=False)  # cos and sin of the positions, from the decoder
+
+    @cached_property
+    def singles_in_c(self) -> kernels.StepStruct:
+        return self._struct(slice(self.singles), self.tables)
+
+    @cached_property
+    def pieces_in_c(self) -> kernels.StepStruct:
+        return self._struct(slice(self.singles, None), None)
+
+    def _struct(self, rows: slice, tables: torch.Tensor | None) -> kernels.StepStruct:
+        cos, sin = (t[rows] for t in self.rope)
+        return kernels.StepStruct(
+            rows=len(cos), threads=torch.get_num_threads(), size=self.size, blocks=0 if tables is None else tables.shape[1],
+            slots=self.slots[rows], positions=self.positions[rows], tables=tables, cos=cos, sin=sin,
+        )  # fmt: skip
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """(singles, 1, 1, context): where single tokens have something to attend to."""
+        there = torch.arange(self.context, device=self.positions.device) <= self.positions[: self.singles].unsqueeze(1)
+        return there[:, None, None, :]
 
     @classmethod
     def make(
@@ -54,18 +79,8 @@ class Batch:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         context = [start + 1 for start in starts[:singles]]
-        longest = max(context, default=0)
         used = [table[: -(-n // size)] for table, n in zip(tables, context, strict=False)]
-        blocks: slice | torch.Tensor
-        if singles == 1 and used[0] == list(range(used[0][0], used[0][0] + len(used[0]))):
-            blocks = slice(used[0][0], used[0][0] + len(used[0]))
-        else:
-            widest = max(map(len, used), default=0)
-            # Filled up with any block.
-            blocks = tensor([table + table[:1] * (widest - len(table)) for table in used]) if used else slice(0)
-        mask = None
-        if singles and min(context) < longest:
-            mask = (torch.arange(longest, device=device) < tensor(context).unsqueeze(1))[:, None, None, :]
+        widest = max(map(len, used), default=0)
         at = [(i, p) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)) for p in range(start, start + n)]
         pieces = zip(lengths[singles:], starts[singles:], tables[singles:], strict=True)
         return cls(
@@ -73,13 +88,13 @@ class Batch:
             slots=tensor([tables[i][p // size] * size + p % size for i, p in at]),
             last=tensor([stop - 1 for i, stop in enumerate(accumulate(lengths)) if ends[i]]),
             singles=singles,
-            blocks=blocks,
-            context=longest,
-            mask=mask,
+            tables=tensor([table + table[:1] * (widest - len(table)) for table in used]) if used else None,
+            context=max(context, default=0),
             pieces=[
                 (n, start, tensor(table[: -(-(start + n) // size)]) if start else None) for n, start, table in pieces
             ],
             replicas=replicas or [sum(lengths)],
+            size=size,
         )
 
 
@@ -146,11 +161,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    """q, k, v column-parallel in one product; scaled-dot-product attention on the local heads; o row-parallel."""
+    """What attention adds to the residual (N, hidden), behind a norm.
 
-    def __init__(self, cfg: ModelConfig, prefix: str, comm: Comm, dtype: torch.dtype, device: torch.device) -> None:
+    q, k, v column-parallel in one product; scaled-dot-product attention on the local heads; o row-parallel.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, prefix: str, norm: nn.Parameter, comm: Comm, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.norm = cfg, norm
         self.share = split.heads(cfg.heads, cfg.kv_heads, comm.mesh.size("tp"))[comm.mesh.tp_rank]
         d, group = cfg.head_dim, cfg.heads // cfg.kv_heads
         self.grid = (len(self.share.kv), group)
@@ -163,45 +183,90 @@ class Attention(nn.Module):
         o_weight = Piece(f"{prefix}.o_proj.weight", (cfg.hidden, cfg.heads * d), 1, q)
         self.o = RowParallelLinear(o_weight, o_bias, "attention", dtype, device)
         if cfg.qk_norm:
-            self.q_norm = parameter([Piece(f"{prefix}.q_norm.weight", (d,), 0, range(d))], dtype, device)
-            self.k_norm = parameter([Piece(f"{prefix}.k_norm.weight", (d,), 0, range(d))], dtype, device)
+            self.q_norm, self.k_norm = (
+                norm_weight(f"{prefix}.{name}_norm.weight", d, dtype, device) for name in ("q", "k")
+            )
 
-    def forward(
-        self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> Forward:
-        """x (N, hidden) -> (N, hidden). Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
-        d = self.cfg.head_dim
+    def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
+        """Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
+        c = kernels.suiting(x, kernels.ROWS)
+        if c and not batch.pieces:
+            return self.o.reduce(kernels.attention(c, self.in_c, batch.singles_in_c, x, k, v))
+        qkv = self.qkv(kernels.rms_norm(x, self.norm, self.cfg.rms_eps))
+        outs = self._outs_with_c(c, qkv, batch, k, v) if (c := kernels.suiting(qkv)) else self._outs(qkv, batch, k, v)
+        return self.o(outs[0] if len(outs) == 1 else torch.cat(outs))
+
+    @cached_property
+    def in_c(self) -> kernels.AttentionStruct:
+        cfg, share = self.cfg, self.share
+        return kernels.AttentionStruct(
+            dtype=kernels.DTYPES[self.norm.dtype], hidden=cfg.hidden, heads=len(share.query), kv_heads=len(share.kv),
+            width=cfg.head_dim, group=self.grid[1], skipped=share.pad_left, eps=cfg.rms_eps, norm=self.norm,
+            qkv=self.qkv.weight, qkv_bias=self.qkv.bias, q_norm=self.q_norm if cfg.qk_norm else None,
+            k_norm=self.k_norm if cfg.qk_norm else None, o=self.o.weight,
+        )  # fmt: skip
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """q, k and v, each (n, heads, d), of all three side by side."""
         n_q, n_kv = len(self.share.query), len(self.share.kv)
-        qk, new_v = self.qkv(x).view(-1, n_q + 2 * n_kv, d).split((n_q + n_kv, n_kv), dim=1)
+        return qkv.view(-1, n_q + 2 * n_kv, self.cfg.head_dim).split((n_q, n_kv, n_kv), dim=1)
+
+    def _outs_with_c(
+        self, c: Any, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """What the heads here give, (n, heads x d) each, for one part of the batch after the other."""
+        outs = []
+        if batch.singles:
+            outs.append(kernels.singles(c, self.in_c, batch.singles_in_c, qkv, k, v))
+        if batch.pieces:
+            rest = qkv[batch.singles :]
+            kernels.prepare(c, self.in_c, batch.pieces_in_c, rest, k, v)
+            q, new_k, new_v = self._heads(rest)
+            outs += self._pieces(q, new_k, new_v, k, v, batch)
+        return outs
+
+    def _outs(self, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        """The same in PyTorch."""
+        q, new_k, new_v = self._heads(qkv)
         if self.cfg.qk_norm:
-            norms = zip(qk.split((n_q, n_kv), dim=1), (self.q_norm, self.k_norm), strict=True)
-            qk = torch.cat([F.rms_norm(part, (d,), weight, self.cfg.rms_eps) for part, weight in norms], dim=1)
-        q, new_k = rotate(qk, *rope).split((n_q, n_kv), dim=1)
-        k.view(-1, n_kv, d).index_copy_(0, batch.slots, new_k)
-        v.view(-1, n_kv, d).index_copy_(0, batch.slots, new_v)
-        # Fill up groups that this rank holds only in part, so that the heads are a grid of (kv heads, group).
+            q, new_k = (
+                kernels.rms_norm(t, weight, self.cfg.rms_eps) for t, weight in ((q, self.q_norm), (new_k, self.k_norm))
+            )
+        q, new_k = (rotate(t, *batch.rope) for t in (q, new_k))
+        for cache, new in ((k, new_k), (v, new_v)):
+            cache.view(-1, *new.shape[1:]).index_copy_(0, batch.slots, new)
+        s = batch.singles
+        outs = [self._singles(q[:s], k, v, batch)] if s else []
+        return outs + self._pieces(q[s:], new_k[s:], new_v[s:], k, v, batch)
+
+    def _whole_groups(self, q: torch.Tensor) -> torch.Tensor:
+        """Fills up groups that this rank holds only in part, so that the heads are a grid of (kv heads, group)."""
         share = self.share
-        if share.pad_left or share.pad_right:
-            q = F.pad(q, (0, 0, share.pad_left, share.pad_right))
-        outs = [self._singles(q[: batch.singles], k, v, batch)] if batch.singles else []
-        at = batch.singles
+        return F.pad(q, (0, 0, share.pad_left, share.pad_right)) if share.pad_left or share.pad_right else q
+
+    def _own(self, out: torch.Tensor) -> torch.Tensor:
+        """(n, heads of whole groups, d) -> (n, heads here x d)."""
+        return out[:, self.share.pad_left : self.share.pad_left + len(self.share.query)].flatten(1)
+
+    def _pieces(
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> list[torch.Tensor]:
+        outs, at = [], 0
         for n, start, table in batch.pieces:
             here = slice(at, at + n)
             outs.append(self._piece(q[here], new_k[here], new_v[here], k, v, start, table))
             at += n
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        out = out[:, share.pad_left : share.pad_left + n_q]
-        return (yield from self.o(out.reshape(-1, n_q * d)))
+        return outs
 
     def _singles(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One token of each sequence, all at once. A group's query heads share K and V like rows of one query."""
         keys, values = (
-            _blocks(t, batch.blocks).view(batch.singles, -1, *t.shape[2:])[:, : batch.context].transpose(1, 2)
+            _blocks(t, batch.tables).view(batch.singles, -1, *t.shape[2:])[:, : batch.context].transpose(1, 2)
             for t in (k, v)
         )  # (B, kv, context, d)
-        grid = q.view(-1, *self.grid, self.cfg.head_dim)  # (B, kv, group, d)
+        grid = self._whole_groups(q).reshape(-1, *self.grid, self.cfg.head_dim)  # (B, kv, group, d)
         out = F.scaled_dot_product_attention(grid, keys, values, attn_mask=batch.mask)
-        return out.reshape(q.shape)
+        return self._own(out.flatten(1, 2))
 
     def _piece(
         self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int,
@@ -213,14 +278,15 @@ class Attention(nn.Module):
         if table is not None:
             new_k, new_v = (_blocks(t, table).flatten(0, 1)[: start + len(q)] for t in (k, v))
             mask = torch.ones(len(q), len(new_k), dtype=torch.bool, device=q.device).tril(start)
-        qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (q, new_k, new_v))  # (1, heads, length, d)
+        qs, ks, vs = (t.transpose(0, 1).unsqueeze(0) for t in (self._whole_groups(q), new_k, new_v))  # (1, heads, n, d)
         out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out.squeeze(0).transpose(0, 1)
+        return self._own(out.squeeze(0).transpose(0, 1))
 
 
-def _blocks(cache: torch.Tensor, which: slice | torch.Tensor) -> torch.Tensor:
-    """Some blocks of a layer's K or V. (Of a slice a view; else a copy, which index_select makes faster than an index.)"""
-    return cache[which] if isinstance(which, slice) else cache.index_select(0, which.flatten())
+def _blocks(cache: torch.Tensor, which: torch.Tensor | None) -> torch.Tensor:
+    """A copy of some blocks of a layer's K or V. (index_select is faster than an index.)"""
+    assert which is not None, "there are tokens that look into the cache"
+    return cache.index_select(0, which.flatten())
 
 
 def _scaled(part: range, by: int) -> range:

@@ -51,6 +51,11 @@ def parameter(pieces: list[Piece], dtype: torch.dtype, device: torch.device) -> 
     return made
 
 
+def norm_weight(name: str, width: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """The weight (width,) of a norm, whole on every rank."""
+    return parameter([Piece(name, (width,), 0, range(width))], dtype, device)
+
+
 def fill(parameters: Iterable[nn.Parameter], weights: Weights) -> None:
     """Reads every parameter's pieces into it, converted to its dtype and moved to its device."""
     for p in parameters:

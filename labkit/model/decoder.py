@@ -4,15 +4,17 @@ Written once for every family and layout. It knows how tensors are shared (throu
 nothing of requests, sampling or files.
 """
 
+from functools import cached_property
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from labkit import split
 from labkit.comm import Comm, Forward
 from labkit.mesh import Layout
+from labkit.model import kernels
 from labkit.model.attention import Attention, Batch, KVCache, Rotary
-from labkit.model.checkpoint import Piece, parameter
+from labkit.model.checkpoint import Piece, norm_weight, parameter
 from labkit.model.config import ModelConfig
 from labkit.parallel.expert import MoE, Spread
 from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
@@ -43,10 +45,16 @@ def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
 
 
 class MLP(nn.Module):
-    """SwiGLU: gate and up column-parallel in one product, down row-parallel."""
+    """What SwiGLU adds to the residual (N, hidden), behind a norm.
 
-    def __init__(self, cfg: ModelConfig, prefix: str, comm: Comm, dtype: torch.dtype, device: torch.device) -> None:
+    Gate and up are column-parallel in one product, down is row-parallel.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, prefix: str, norm: nn.Parameter, comm: Comm, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
+        self.norm, self.eps = norm, cfg.rms_eps
         full, hidden = cfg.intermediate, cfg.hidden
         part = split.even(full, comm.mesh.size("tp"))[comm.mesh.tp_rank]
         names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
@@ -58,8 +66,17 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(weight, bias, "mlp", dtype, device)
 
     def forward(self, x: torch.Tensor) -> Forward:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return (yield from self.down(F.silu(gate) * up))
+        if c := kernels.suiting(x, kernels.ROWS):
+            return self.down.reduce(kernels.mlp(c, self.in_c, x))
+        return self.down(kernels.swiglu(self.gate_up(kernels.rms_norm(x, self.norm, self.eps))))
+
+    @cached_property
+    def in_c(self) -> kernels.MlpStruct:
+        return kernels.MlpStruct(
+            dtype=kernels.DTYPES[self.norm.dtype], hidden=self.norm.shape[0], inner=self.down.weight.shape[1],
+            eps=self.eps, norm=self.norm, gate_up=self.gate_up.weight, gate_up_bias=self.gate_up.bias,
+            down=self.down.weight,
+        )  # fmt: skip
 
 
 class Layer(nn.Module):
@@ -71,26 +88,20 @@ class Layer(nn.Module):
         super().__init__()
         prefix = f"model.layers.{number}"
         self.eps = cfg.rms_eps
-        self.input_norm = norm_weight(f"{prefix}.input_layernorm.weight", cfg, dtype, device)
-        self.attention = Attention(cfg, f"{prefix}.self_attn", comm, dtype, device)
-        self.post_norm = norm_weight(f"{prefix}.post_attention_layernorm.weight", cfg, dtype, device)
+        input_norm, self.post_norm = (
+            norm_weight(f"{prefix}.{name}_layernorm.weight", cfg.hidden, dtype, device)
+            for name in ("input", "post_attention")
+        )
+        self.attention = Attention(cfg, f"{prefix}.self_attn", input_norm, comm, dtype, device)
         self.moe = MoE(cfg, cfg.moe, number, comm, spread, dtype, device) if cfg.moe and cfg.sparse(number) else None
-        self.mlp = None if self.moe else MLP(cfg, f"{prefix}.mlp", comm, dtype, device)
+        self.mlp = None if self.moe else MLP(cfg, f"{prefix}.mlp", self.post_norm, comm, dtype, device)
 
-    def forward(
-        self, x: torch.Tensor, batch: Batch, rope: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor
-    ) -> Forward:
+    def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
         if len(x):
-            normed = F.rms_norm(x, x.shape[-1:], self.input_norm, self.eps)
-            x = x + (yield from self.attention(normed, batch, rope, k, v))
-        normed = F.rms_norm(x, x.shape[-1:], self.post_norm, self.eps)
+            x = x + (yield from self.attention(x, batch, k, v))
         if self.moe:  # without tokens of its own too: others' come to the experts here
-            return x + (yield from self.moe(normed, batch.replicas))
-        return x + (yield from self.mlp(normed)) if self.mlp and len(x) else x
-
-
-def norm_weight(name: str, cfg: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    return parameter([Piece(name, (cfg.hidden,), 0, range(cfg.hidden))], dtype, device)
+            return x + (yield from self.moe(kernels.rms_norm(x, self.post_norm, self.eps), batch.replicas))
+        return x + (yield from self.mlp(x)) if self.mlp and len(x) else x
 
 
 class Decoder(nn.Module):
@@ -115,7 +126,7 @@ class Decoder(nn.Module):
         self.rope = Rotary(cfg, device)
         self.layers = nn.ModuleList(Layer(cfg, i, comm, spread, dtype, device) for i in numbers)
         if self.last:
-            self.norm = norm_weight("model.norm.weight", cfg, dtype, device)
+            self.norm = norm_weight("model.norm.weight", cfg.hidden, dtype, device)
             shared = cfg.tied and self.first
             piece = embedding if cfg.tied else Piece("lm_head.weight", (cfg.vocab, cfg.hidden), 0, rows)
             self.head = VocabParallelHead(
@@ -141,9 +152,9 @@ class Decoder(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch, cache: KVCache) -> Forward:
         if self.first:
             x = (yield from self.embed(x)) if len(x) else self.embed.weight[:0]
-        rope = self.rope.tables(batch.positions, self.dtype)
+        batch.rope = self.rope.tables(batch.positions, self.dtype)
         for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
-            x = yield from layer(x, batch, rope, k, v)
+            x = yield from layer(x, batch, k, v)
         if not self.last:
             return x
-        return self.head(F.rms_norm(x[batch.last], x.shape[-1:], self.norm, self.cfg.rms_eps))
+        return self.head(kernels.rms_norm(x[batch.last], self.norm, self.cfg.rms_eps))

@@ -11,6 +11,7 @@ from torch import nn
 
 from labkit.model.checkpoint import Piece, parameter
 from labkit.model.config import ModelConfig, MoEConfig
+from labkit.model.kernels import swiglu
 
 # Names in the checkpoint: the block, and an expert's gate, up and down matrices.
 NAMES = {
@@ -61,7 +62,7 @@ class Experts(nn.Module):
         # Sorted by slot, those for elsewhere last: each expert's rows lie together, for one grouped product.
         order = slots.flatten().argsort(stable=True)[: sum(counts)]
         rows = order // k
-        inner = _swiglu(_grouped(x.index_select(0, rows), self.gate_up.view(len(self.held), -1, hidden), counts))
+        inner = swiglu(_grouped(x.index_select(0, rows), self.gate_up.view(len(self.held), -1, hidden), counts))
         results = _grouped(inner, self.down.view(len(self.held), hidden, -1), counts)
         weighted = results * weights.flatten()[order].unsqueeze(1).to(x.dtype)
         return torch.zeros_like(x).index_add_(0, rows, weighted)
@@ -74,8 +75,3 @@ def _grouped(x: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) -> t
         ends = torch.tensor(counts, device=x.device).cumsum(0).int()
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
     return torch.cat([F.linear(mine, weight) for mine, weight in zip(x.split(list(counts)), weights, strict=True)])
-
-
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

@@ -18,6 +18,7 @@ from torch import nn
 from labkit import split
 from labkit.comm import Comm, Exchange, Forward
 from labkit.model.checkpoint import Piece, parameter
+from labkit.model.kernels import linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -29,7 +30,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = parameter(biases, dtype, device) if biases else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -42,7 +43,11 @@ class RowParallelLinear(nn.Module):
         self.what = what
 
     def forward(self, x: torch.Tensor) -> Forward:
-        y = yield Exchange("all_reduce", F.linear(x, self.weight), "tp", self.what)
+        return self.reduce(linear(x, self.weight))
+
+    def reduce(self, partial: torch.Tensor) -> Forward:
+        """(N, out), this rank's partial sum -> the sum over ranks."""
+        y = yield Exchange("all_reduce", partial, "tp", self.what)
         return y if self.bias is None else y + self.bias  # after the sum, or it would be added tp times
 
 
@@ -74,7 +79,7 @@ class VocabParallelHead(nn.Module):
         self.comm = comm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
         """Ids (B,) of the highest score over the whole vocabulary, from each rank's part (B, part).

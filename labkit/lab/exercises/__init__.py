@@ -3,11 +3,12 @@
 import difflib
 
 from labkit.lab.exercise import Exercise
-from labkit.lab.exercises import communication, expert, memory, tensor
+from labkit.lab.exercises import communication, expert, memory, pipeline, tensor
 
 EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
-    for exercise in (*memory.EXERCISES, *tensor.EXERCISES, *communication.EXERCISES, *expert.EXERCISES)
+    for subject in (memory, tensor, communication, pipeline, expert)
+    for exercise in subject.EXERCISES
 }
 
 

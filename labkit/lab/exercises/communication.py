@@ -142,9 +142,8 @@ RING = Exercise(
 # -- its bytes in a served model ---------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
-def sent(model: Shape, tp: int) -> float:
-    """Bytes that one of `tp` real ranks sends in the all-reduces of all layers for one decoded token, counted by the engine."""
+def served(model: Shape, prompts: list[list[int]], tokens: int, **options: Any) -> dict[str, Any]:
+    """The report of real ranks that generated `tokens` for each prompt. options: of `LLM`."""
     config, dtype = model.config()
     sizes = {
         "model_type": "llama", "num_hidden_layers": config.layers, "hidden_size": config.hidden, "head_dim": config.head_dim,
@@ -154,12 +153,16 @@ def sent(model: Shape, tp: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(sizes), encoding="utf-8")
-        name = str(dtype).removeprefix("torch.")
-        with LLM(
-            f"random:{file}", tensor_parallel_size=tp, dtype=name, threads=1, max_model_len=8, max_num_seqs=1
-        ) as llm:
-            llm.generate([1, 2, 3], SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True))
-            rows = llm.report()["comm"]
+        limits = {"max_model_len": max(map(len, prompts)) + tokens, "max_num_seqs": len(prompts), "threads": 1}
+        with LLM(f"random:{file}", dtype=str(dtype).removeprefix("torch."), **limits | options) as llm:
+            llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
+            return llm.report()
+
+
+@lru_cache(maxsize=64)
+def sent(model: Shape, tp: int) -> float:
+    """Bytes that one of `tp` real ranks sends in the all-reduces of all layers for one decoded token, counted by the engine."""
+    rows = served(model, [[1, 2, 3]], 3, tensor_parallel_size=tp)["comm"]
     ours = [r for r in rows if r["phase"] == "decode" and r["op"] == "all_reduce" and r["what"] in ("attention", "mlp")]
     return sum(r["wire_bytes_per_token"] for r in ours)
 

@@ -1,14 +1,17 @@
 """How much of a model one GPU holds. The references are counted in the engine's own decoder, made of fake tensors."""
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import floordiv, truediv
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from labkit.lab.exercise import Case, Exercise, Misconception
+from labkit.engine.core import BLOCK
+from labkit.lab.exercise import Case, Exercise, Misconception, distinct
 from labkit.mesh import Layout
 from labkit.model.config import ModelConfig
 from labkit.model.decoder import Decoder
@@ -46,22 +49,39 @@ class Shape:
 LLAMA_70B = Shape(80, 8192, 28672, 64, 8, 128, 32000, False, 2)
 
 
+class Stage(NamedTuple):
+    """What the fullest rank of a pipeline stage holds: its number of layers, bytes of weights and of KV cache."""
+
+    layers: int
+    weights: int
+    kv: int
+
+
 @lru_cache(maxsize=256)
+def stages(model: Shape, tp: int, pp: int, blocks: int, size: int) -> list[Stage]:
+    """Each stage of the decoders that the engine would make for tp x pp ranks, with that many blocks of KV cache."""
+    config, dtype = model.config()
+    layout, device = Layout(tp=tp, pp=pp), torch.device("meta")
+    out = []
+    for stage in range(pp):
+        held = []
+        for rank in range(tp):
+            # All that a decoder asks of its communication while it is made: no rank runs, no memory is taken.
+            mesh = SimpleNamespace(
+                layout=layout, device=device, pp_rank=stage, tp_rank=rank, size=lambda axis: getattr(layout, axis)
+            )
+            comm: Any = SimpleNamespace(mesh=mesh, device=device)
+            decoder = Decoder(config, comm, dtype)
+            held.append((decoder.weights_bytes, decoder.cache(blocks, size).bytes))
+        weights, kv = (max(sizes) for sizes in zip(*held, strict=True))
+        out.append(Stage(len(decoder.layers), weights, kv))
+    return out
+
+
 def counted(model: Shape, tp: int, context: int = 1, batch: int = 1) -> tuple[int, int]:
     """(bytes of weights, bytes of KV cache) on the fullest of `tp` ranks, in the decoder that the engine would make."""
-    config, dtype = model.config()
-    layout, device = Layout(tp=tp), torch.device("meta")
-    weights, kv = [], []
-    for rank in range(tp):
-        # All that a decoder asks of its communication while it is made: no rank runs, no memory is taken.
-        mesh = SimpleNamespace(
-            layout=layout, device=device, pp_rank=0, tp_rank=rank, size=lambda axis: getattr(layout, axis)
-        )
-        comm: Any = SimpleNamespace(mesh=mesh, device=device)
-        decoder = Decoder(config, comm, dtype)
-        weights.append(decoder.weights_bytes)
-        kv.append(decoder.cache(batch, context).bytes)
-    return max(weights), max(kv)
+    [whole] = stages(model, tp, 1, batch, context)
+    return whole.weights, whole.kv
 
 
 def _layouts(rng: random.Random) -> list[tuple[Shape, int]]:
@@ -198,4 +218,113 @@ KV_PER_GPU = Exercise(
     moral="The cache follows KV heads, context and batch; it shrinks with tp only down to one KV head per rank.",
 )  # fmt: skip
 
-EXERCISES = (SEVENTY_B, PER_GPU, KV_PER_GPU)
+
+# -- how many sequences fit --------------------------------------------------------------------------------------------
+
+
+def _capacity(model: Shape, tp: int, layers: tuple[int, ...], free: tuple[int, ...], length: int) -> int:
+    """Sequences that have their blocks on every rank, with blocks of the engine's own cache."""
+    held = stages(model, tp, len(layers), 1, BLOCK)
+    return min(room // stage.kv for room, stage in zip(free, held, strict=True)) // -(-length // BLOCK)
+
+
+def _capacity_cases(rng: random.Random) -> list[Case]:
+    """Stages with unequal numbers of layers, and rooms for which the fullest stage isn't always the one with most layers."""
+
+    def served(model: Shape, tp: int, pp: int, length: int) -> Case:
+        held = stages(model, tp, pp, 1, BLOCK)
+        memory = rng.randrange(11, 20) / 10 * max(stage.weights for stage in held)
+        free = tuple(int(memory) - stage.weights for stage in held)
+        layers = tuple(stage.layers for stage in held)
+        rooms = ", ".join(f"{room / GB:.2f}" for room in free)
+        return Case(
+            (model, tp, layers, free, length), f"{model}, tp={tp}, layers {layers}, free GB {rooms}, length {length}"
+        )
+
+    def draw() -> list[Case]:
+        (seventy, tp), _, (medium, _), (few_kv, _), _ = _layouts(rng)
+        return [
+            served(seventy, tp, rng.choice((3, 4)), rng.randrange(1000, 4000)),
+            served(medium, 2, 1, rng.randrange(40, 100)),
+            served(medium, 1, rng.choice((2, 3)), rng.randrange(200, 400)),
+            served(few_kv, 8, 3, rng.randrange(40, 100)),
+        ]
+
+    return distinct(lambda: KV_CAPACITY, draw)
+
+
+def _fit(
+    model: Shape, tp: int, layers: Sequence[float], free: Sequence[float], length: int, *,
+    kv_heads: Callable[[Shape, int], float] = lambda m, tp: max(m.kv_heads / tp, 1), vectors: int = 2,
+    tokens: Callable[[int], float] = lambda length: -(-length // BLOCK) * BLOCK, itemsize: int | None = None,
+    divided: Callable[[float, float], float] = floordiv, which: Callable[[list[float]], float] = min,
+) -> float:  # fmt: skip
+    """The right sum, `_capacity` without the engine, but for what is passed in."""
+    row = vectors * kv_heads(model, tp) * model.head_dim * (itemsize or model.bytes_per_param)
+    return which([divided(room, n * row * tokens(length)) for n, room in zip(layers, free, strict=True)])
+
+
+_ON_EVERY_RANK = (
+    "Each sequence needs its blocks on every rank, of its layers and heads: the one with the least room decides."
+)
+
+KV_CAPACITY = Exercise(
+    name="memory.kv_capacity",
+    call="kv_capacity(model, tp, layers, free, length)",
+    cases=_capacity_cases,
+    reference=_capacity,
+    unit=("sequences", 1.0),
+    points=2,
+    tolerance=1e-6,  # to the sequence
+    misconceptions=(
+        Misconception("K and V are counted as one", "Each token leaves two vectors in every layer, a key and a value.",
+            partial(_fit, vectors=1)),
+        Misconception("query heads are counted instead of KV heads",
+            "Queries are used once and thrown away. Keys and values stay, and with grouped-query attention they are fewer.",
+            partial(_fit, kv_heads=lambda m, tp: m.heads / tp)),
+        Misconception("the cache goes on shrinking below one KV head per rank",
+            "A rank's query heads must read a whole KV head: with tp above kv_heads, heads are replicated, not cut.",
+            partial(_fit, kv_heads=lambda m, tp: m.kv_heads / tp)),
+        Misconception("every rank is given all KV heads", "They are shared out over tp ranks, like the heads that read them.",
+            partial(_fit, kv_heads=lambda m, tp: m.kv_heads)),
+        Misconception("every stage is given the cache of all layers",
+            "A stage keeps keys and values of its own layers only: that is what a pipeline is for.",
+            lambda m, tp, layers, *rest: _fit(m, tp, [sum(layers)] * len(layers), *rest)),
+        Misconception("all stages are taken to have the same number of layers",
+            "They are cut by what they cost, and the embedding and the head count too: use layers[i].",
+            lambda m, tp, layers, *rest: _fit(m, tp, [sum(layers) / len(layers)] * len(layers), *rest)),
+        Misconception("only one layer is counted", "Every layer keeps keys and values of its own.",
+            lambda m, tp, layers, *rest: _fit(m, tp, [1] * len(layers), *rest)),
+        Misconception("only the first stage is looked at", _ON_EVERY_RANK,
+            lambda m, tp, layers, free, length: _fit(m, tp, layers[:1], free[:1], length)),
+        Misconception("only the last stage is looked at", _ON_EVERY_RANK,
+            lambda m, tp, layers, free, length: _fit(m, tp, layers[-1:], free[-1:], length)),
+        Misconception("the roomiest stage decides", _ON_EVERY_RANK, partial(_fit, which=max)),
+        Misconception("what fits on the stages is added up", _ON_EVERY_RANK, partial(_fit, which=sum)),
+        Misconception("the memory of all ranks is one pot",
+            f"A rank can't lend its memory to another. {_ON_EVERY_RANK}",
+            lambda m, tp, layers, free, length: _fit(m, 1, [sum(layers)], [tp * sum(free)], length)),
+        Misconception("the length is not rounded up to whole blocks",
+            "The last block of a sequence is its own, though not full: 17 tokens take two blocks of 16.",
+            partial(_fit, tokens=lambda length: length)),
+        Misconception("the length is rounded down to whole blocks", "Its last tokens need a block too.",
+            partial(_fit, tokens=lambda length: length // BLOCK * BLOCK)),
+        Misconception("tokens or blocks are counted, not sequences", "A sequence takes as many blocks as its length needs.",
+            partial(_fit, tokens=lambda length: BLOCK)),
+        Misconception("tokens or blocks are counted, not sequences", "A sequence takes as many blocks as its length needs.",
+            partial(_fit, tokens=lambda length: 1)),
+        Misconception("a number takes one byte", "It takes bytes_per_param bytes.", partial(_fit, itemsize=1)),
+        Misconception("a part of a sequence is counted", "Round down, on each rank: a sequence fits or it doesn't.",
+            partial(_fit, divided=truediv)),
+    ),
+    hints=(
+        "How many bytes does one block of 16 tokens take on a rank of stage i? How many blocks does one sequence need?",
+        "A rank's block: 16 tokens x 2 vectors x its KV heads x head_dim x bytes_per_param, in each of layers[i] layers. A "
+        "sequence takes ceil(length / 16) of them, on every rank. Which rank is full first?",
+        "kv = max(model.kv_heads / tp, 1); sequence = -(-length // 16) * 16 * 2 * kv * model.head_dim * model.bytes_per_param; "
+        "int(min(room // (n * sequence) for n, room in zip(layers, free))).",
+    ),
+    moral="Whole blocks, whole KV heads, and the rank with the least room decides for all: the engine takes the minimum too.",
+)  # fmt: skip
+
+EXERCISES = (SEVENTY_B, PER_GPU, KV_PER_GPU, KV_CAPACITY)

@@ -1,0 +1,150 @@
+"""What layers are made of, in C (`labkit/native/kernels.c`) where that is faster, on CPUs, and in PyTorch elsewhere.
+
+A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
+longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
+between them costs more than it computes. For many rows PyTorch's products are the faster ones, and C does what stands between
+them. LABKIT_KERNELS=torch in the environment leaves C out.
+"""
+
+import ctypes
+import os
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from labkit import native
+
+ROWS = 8  # up to which a product in C is faster
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_BUILDS = {"AVX512": "_kernels_avx512", "AVX2": "_kernels_avx2"}
+
+
+class _Struct(ctypes.Structure):
+    """A struct of kernels.c: whole numbers, then a float `eps` if there is one, then addresses of tensors (None: NULL)."""
+
+    def __init__(self, **values: Any) -> None:
+        self.kept = values  # the tensors too: their memory is in use
+        super().__init__(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+def _fields(numbers: str, tensors: str, eps: bool = True) -> list[tuple[str, Any]]:
+    middle: list[tuple[str, Any]] = [("eps", ctypes.c_double)] if eps else []
+    return [
+        *((name, ctypes.c_int64) for name in numbers.split()),
+        *middle,
+        *((name, ctypes.c_void_p) for name in tensors.split()),
+    ]
+
+
+class AttentionStruct(_Struct):
+    _fields_ = _fields("dtype hidden heads kv_heads width group skipped", "norm qkv qkv_bias q_norm k_norm o")
+
+
+class MlpStruct(_Struct):
+    _fields_ = _fields("dtype hidden inner", "norm gate_up gate_up_bias down")
+
+
+class StepStruct(_Struct):
+    _fields_ = _fields("rows threads size blocks", "slots positions tables cos sin", eps=False)
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled `kernels.c` that suits this processor, or None."""
+    build = _BUILDS.get(torch.backends.cpu.get_cpu_capability())
+    found = native.load(build) if build and os.environ.get("LABKIT_KERNELS") != "torch" else None
+    if found is None:
+        return None
+    p, n, i, f = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
+    attention, mlp, step = (ctypes.POINTER(struct) for struct in (AttentionStruct, MlpStruct, StepStruct))
+    return native.declare(
+        found,
+        {
+            "attention": (None, (attention, step, p, p, p, p)), "mlp": (None, (mlp, n, i, p, p)),
+            "linear": (None, (p, p, p, p, n, n, n, i, i)), "rms_norm": (None, (p, p, p, n, n, f, i, i)),
+            "swiglu": (None, (p, p, n, n, i, i)), "prepare": (None, (attention, step, p, p, p)),
+            "singles": (None, (attention, step, p, p, p, p)),
+        },
+    )  # fmt: skip
+
+
+def suiting(x: torch.Tensor, rows: int | None = None) -> Any:
+    """The library, if C can and should work on x (N, ...): real memory of the host, not a fake tensor's, in a number format
+    that it knows, N between 1 and `rows`. Else None."""
+    if type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in DTYPES or not x.is_contiguous():
+        return None
+    return library() if x.shape[0] > 0 and (rows is None or x.shape[0] <= rows) else None
+
+
+def mlp(c: Any, struct: MlpStruct, x: torch.Tensor) -> torch.Tensor:
+    """What an MLP, as far as it is on this rank, adds to the residual x (N, hidden); norm included."""
+    y = torch.empty_like(x)
+    c.labkit_mlp(struct, x.shape[0], torch.get_num_threads(), x.data_ptr(), y.data_ptr())
+    return y
+
+
+def attention(
+    c: Any, struct: AttentionStruct, step: StepStruct, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """What attention, as far as it is on this rank, adds to the residual x (N, hidden); norm included.
+
+    One token of each sequence. k, v: the layer's cache (blocks, size, kv_heads, width). Those of this step are put there.
+    """
+    y = torch.empty_like(x)
+    c.labkit_attention(struct, step, x.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
+    return y
+
+
+def singles(
+    c: Any, struct: AttentionStruct, step: StepStruct, qkv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """(B, heads x width): attention for the first B tokens in qkv (N, all heads x width), one of each sequence, as it comes from
+    its product."""
+    y = qkv.new_empty(step.rows, struct.heads * struct.width)
+    c.labkit_singles(struct, step, qkv.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
+    return y
+
+
+def prepare(
+    c: Any, struct: AttentionStruct, step: StepStruct, qkv: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> None:
+    """Normalises (where the model does) and rotates q and k of qkv (N, all heads x width) in place; k and v go into the cache."""
+    c.labkit_prepare(struct, step, qkv.data_ptr(), k.data_ptr(), v.data_ptr())
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (N, in) times weight (out, in) transposed, plus bias (out,)."""
+    c, out = suiting(x, ROWS), weight.shape[0]
+    if c is None:
+        return F.linear(x, weight, bias)
+    y = x.new_empty(x.shape[0], out)
+    c.labkit_linear(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.shape[0], x.shape[1], out, DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (N, width) over the root of the mean of its squares, times weight (width,) (arXiv 1910.07467)."""
+    c = suiting(x)
+    if c is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    y = torch.empty_like(x)
+    c.labkit_rms_norm(
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, eps, DTYPES[x.dtype], torch.get_num_threads()
+    )
+    return y
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (N, width), of both side by side (N, 2 width) (arXiv 2002.05202)."""
+    c = suiting(gate_up)
+    if c is None:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    c.labkit_swiglu(gate_up.data_ptr(), y.data_ptr(), *y.shape, DTYPES[y.dtype], torch.get_num_threads())
+    return y

@@ -1,0 +1,179 @@
+/* Half a layer in one call, for the few rows of a decode step, which reads each weight once and is as fast as memory; and what stands
+   between the matrix products, for any number of rows.
+
+   Everything is computed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a
+   row is the same bits whatever rows are beside it. Threads are OpenMP's, from the pool that PyTorch's own operations use, so that
+   threads of two pools don't wait for each other's cores. It knows nothing of Python. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#ifdef __AVX512F__
+enum { LANES = 16 };
+#else
+enum { LANES = 8 }; /* 16 registers: 8 sums, what is multiplied, and some to spare */
+#endif
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t bf16;
+
+/* -- numbers -------------------------------------------------------------------------------------------------------- */
+
+typedef float f32;
+
+INLINE float wide_f32(f32 x) { return x; }
+INLINE f32 narrow_f32(float x) { return x; }
+
+INLINE float wide_bf16(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE bf16 narrow_bf16(float f) { /* to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return f != f ? 0x7fc0 : (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE vec load_f32(const f32 *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vec load_bf16(const bf16 *p) {
+    halves h;
+    memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, ints) << 16);
+}
+
+/* e^x to 2e-7 of it: 2^n by the exponent's bits, the rest by its series (|r| <= ln 2 / 2). */
+INLINE float power(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float series = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return series * scale;
+}
+
+enum { FOR_ROWS, FOR_SUMS, FOR_HEADS, FOR_TILES, USES };
+
+/* Room for `count` numbers: this thread's, one for each use, kept from call to call. */
+static float *scratch(int use, size_t count) {
+    static _Thread_local float *memory[USES];
+    static _Thread_local size_t room[USES];
+    if (count > room[use]) {
+        free(memory[use]);
+        room[use] = (count + 15) / 16 * 16;
+        memory[use] = aligned_alloc(64, room[use] * sizeof(float));
+    }
+    return memory[use];
+}
+
+/* Sums over groups of `far` lanes, of two vectors: each group's halves are added up, b's behind a's. */
+INLINE vec fold(vec a, vec b, int far) {
+    ints low;
+    for (int i = 0; i < LANES; i++) low[i] = i / far * 2 * far + i % far;
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + far);
+}
+
+/* The sum of each of LANES vectors, in one. */
+INLINE vec sums(vec *v) {
+#pragma GCC unroll 4
+    for (int n = LANES / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) v[i] = fold(v[2 * i], v[2 * i + 1], n);
+    return v[0];
+}
+
+/* y = silu(gate) * up; y may be gate. */
+static void swiglu(const float *gate, const float *up, float *y, size_t width) {
+#pragma omp simd
+    for (size_t i = 0; i < width; i++) y[i] = gate[i] / (1 + power(-gate[i])) * up[i];
+}
+
+/* -- what Python describes a layer and a step by; also in model/kernels.py ------------------------------------------------- */
+
+typedef struct { /* the attention of one layer, as far as it is on this rank */
+    int64_t dtype, hidden;
+    int64_t heads, kv_heads, width; /* width of a head */
+    int64_t group, skipped;         /* query heads of a KV head; how many of the first group are on other ranks */
+    double eps;
+    const void *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o; /* weights; NULL where there is none */
+} Attention;
+
+typedef struct { /* tokens of one step */
+    int64_t rows, threads;
+    int64_t size, blocks;     /* tokens in a cache block; blocks that a row of `tables` names */
+    const int64_t *slots;     /* (rows,) where each token's K and V go: block x size + offset */
+    const int64_t *positions; /* (rows,) */
+    const int64_t *tables;    /* (rows, blocks), the blocks of each sequence, where a token of each is in this step */
+    const void *cos, *sin;    /* (rows, width), of each token's position; sin negative in its first half */
+} Step;
+
+/* Width of a token's q, k and v side by side. */
+static size_t all_heads(const Attention *a) { return (a->heads + 2 * a->kv_heads) * a->width; }
+
+typedef struct { /* the MLP of one layer, as far as it is on this rank */
+    int64_t dtype, hidden, inner;
+    double eps;
+    const void *norm, *gate_up, *gate_up_bias, *down;
+} Mlp;
+
+#define T f32
+#define NAME(name) name##_f32
+#include "typed.h"
+#undef T
+#undef NAME
+#define T bf16
+#define NAME(name) name##_bf16
+#include "typed.h"
+
+/* -- what Python calls ---------------------------------------------------------------------------------------------------- */
+
+#define PICK(dtype, name, ...) ((dtype) ? name##_bf16(__VA_ARGS__) : name##_f32(__VA_ARGS__))
+
+/* y (rows, hidden): this rank's part of what attention adds to x (rows, hidden), norm included; one token of each sequence.
+   k, v: the layer's cache (all blocks, size, kv_heads, width). */
+void labkit_attention(const Attention *a, const Step *s, const void *x, void *k, void *v, void *y) {
+    PICK(a->dtype, attention, a, s, x, k, v, y);
+}
+
+/* y (rows, hidden): this rank's part of what the MLP adds to x (rows, hidden), norm included. */
+void labkit_mlp(const Mlp *m, size_t rows, int threads, const void *x, void *y) {
+    PICK(m->dtype, mlp, m, rows, threads, x, y);
+}
+
+/* y (rows, out) = x (rows, in) times w (out, in) transposed, plus bias (out,) unless NULL. */
+void labkit_linear(const void *x, const void *w, const void *bias, void *y, size_t rows, size_t in, size_t out, int dtype,
+                   int threads) {
+    PICK(dtype, single_linear, x, w, bias, y, rows, in, out, threads);
+}
+
+/* y (rows, width) = x / sqrt(mean of x^2 + eps) * weight (width,). */
+void labkit_rms_norm(const void *x, const void *weight, void *y, size_t rows, size_t width, float eps, int dtype, int threads) {
+    PICK(dtype, rms_norm, x, weight, y, rows, width, eps, threads);
+}
+
+/* y (rows, width) = silu(gate) * up, of gate_up (rows, 2 width). */
+void labkit_swiglu(const void *gate_up, void *y, size_t rows, size_t width, int dtype, int threads) {
+    PICK(dtype, gated, gate_up, y, rows, width, threads);
+}
+
+/* Normalises (where the model does) and rotates q and k of qkv (rows, all heads, width) in place, and puts k and v into the cache. */
+void labkit_prepare(const Attention *a, const Step *s, void *qkv, void *k, void *v) { PICK(a->dtype, prepare, a, s, qkv, k, v); }
+
+/* y (rows, heads, width): attention for qkv (rows, all heads, width) as it comes from its product, one token of each sequence. */
+void labkit_singles(const Attention *a, const Step *s, const void *qkv, void *k, void *v, void *y) {
+    PICK(a->dtype, singles, a, s, qkv, k, v, y);
+}

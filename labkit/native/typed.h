@@ -1,0 +1,230 @@
+/* What depends on how numbers are stored; kernels.c includes it for each format, T, with names of its own, NAME(...). */
+
+static void NAME(widen)(const T *x, float *y, size_t count) {
+    for (size_t i = 0; i < count; i++) y[i] = NAME(wide)(x[i]);
+}
+
+static void NAME(narrow_all)(const float *x, T *y, size_t count) {
+    for (size_t i = 0; i < count; i++) y[i] = NAME(narrow)(x[i]);
+}
+
+/* -- products ------------------------------------------------------------------------------------------------------- */
+
+/* LANES sums for each of `rows` rows: y (rows, LANES) = x (rows, in) times w (LANES, in) transposed, LANES numbers at a time.
+   The next LANES rows of w are fetched meanwhile, which the processor does not do by itself: without, a decode step of SmolLM2
+   took 1.3 times as long. */
+INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, const int rows) {
+    const int outs = LANES / rows;
+    for (int first = 0; first < LANES; first += outs, w += outs * in) {
+        vec total[LANES] = {0}, weights[LANES];
+        size_t k = 0;
+        for (; k + LANES <= in; k += LANES) {
+            for (int o = 0; o < outs; o++) {
+                weights[o] = NAME(load)(w + o * in + k);
+                __builtin_prefetch(w + (LANES + o) * in + k);
+            }
+            for (int r = 0; r < rows; r++) {
+                vec values = load_f32(x + r * in + k);
+                for (int o = 0; o < outs; o++) total[r * outs + o] += values * weights[o];
+            }
+        }
+        vec all = sums(total);
+        for (int r = 0; r < rows; r++)
+            for (int o = 0; o < outs; o++) {
+                float sum = all[r * outs + o];
+                for (size_t rest = k; rest < in; rest++) sum += x[r * in + rest] * NAME(wide)(w[o * in + rest]);
+                y[r * LANES + first + o] = sum;
+            }
+    }
+}
+
+/* y (rows, out) = x (rows, in) times w (out, in) transposed, plus bias (out,) unless NULL. */
+static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, size_t rows, size_t in, size_t out, int threads) {
+    if (out < LANES) {
+        for (size_t r = 0; r < rows; r++)
+            for (size_t o = 0; o < out; o++) {
+                y[r * out + o] = bias ? NAME(wide)(bias[o]) : 0;
+                for (size_t k = 0; k < in; k++) y[r * out + o] += x[r * in + k] * NAME(wide)(w[o * in + k]);
+            }
+        return;
+    }
+    size_t rest = rows % 8, most = rows - rest + (rest > 4 ? 8 : rest > 2 ? 4 : rest);
+    if (most > rows) { /* rows of zeros fill up the last tile */
+        float *filled = memset(scratch(FOR_TILES, most * in), 0, most * in * sizeof(float));
+        x = memcpy(filled, x, rows * in * sizeof(float));
+    }
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (size_t t = 0; t < (out + LANES - 1) / LANES; t++) {
+        /* the last tile may overlap the one before it: the same numbers are written twice */
+        size_t first = (t + 1) * LANES <= out ? t * LANES : out - LANES;
+        for (size_t r = 0, n; r < most; r += n) {
+            const float *some = x + r * in;
+            const T *here = w + first * in;
+            float sum[8 * LANES];
+            n = most - r >= 8 ? 8 : most - r;
+            if (n == 8) NAME(tile)(some, here, sum, in, 8);
+            else if (n == 4) NAME(tile)(some, here, sum, in, 4);
+            else if (n == 2) NAME(tile)(some, here, sum, in, 2);
+            else NAME(tile)(some, here, sum, in, 1);
+            for (size_t i = 0; i < n && r + i < rows; i++)
+                for (size_t o = 0; o < LANES; o++)
+                    y[(r + i) * out + first + o] = sum[i * LANES + o] + (bias ? NAME(wide)(bias[first + o]) : 0);
+        }
+    }
+}
+
+/* x = x / sqrt(mean of x^2 + eps) * weight, in place. */
+static void NAME(norm)(float *x, const T *weight, size_t width, float eps) {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (size_t i = 0; i < width; i++) squares += x[i] * x[i];
+    float scale = 1 / sqrtf(squares / width + eps);
+    for (size_t i = 0; i < width; i++) x[i] = x[i] * scale * NAME(wide)(weight[i]);
+}
+
+/* -- attention -------------------------------------------------------------------------------------------------------- */
+
+/* Normalises (where the model does) and rotates q and k of token `n` by position; puts k and v into the cache. */
+static void NAME(place)(const Attention *a, const Step *s, size_t n, float *qkv, T *k_cache, T *v_cache) {
+    size_t d = a->width, half = d / 2, heads = a->heads + a->kv_heads;
+    const T *cos = (const T *)s->cos + n * d, *sin = (const T *)s->sin + n * d;
+    for (size_t h = 0; h < heads; h++) {
+        float *x = qkv + h * d;
+        if (a->q_norm) NAME(norm)(x, h < (size_t)a->heads ? a->q_norm : a->k_norm, d, a->eps);
+        for (size_t i = 0; i < half; i++) {
+            float low = x[i], high = x[half + i];
+            x[i] = low * NAME(wide)(cos[i]) + high * NAME(wide)(sin[i]);
+            x[half + i] = high * NAME(wide)(cos[half + i]) + low * NAME(wide)(sin[half + i]);
+        }
+    }
+    size_t token = a->kv_heads * d, at = s->slots[n] * token;
+    NAME(narrow_all)(qkv + a->heads * d, k_cache + at, token);
+    NAME(narrow_all)(qkv + heads * d, v_cache + at, token);
+}
+
+/* Where the cache has KV head `kv` of the token at position `t` of a sequence with these blocks. */
+INLINE const T *NAME(cached)(const Attention *a, const Step *s, const T *cache, const int64_t *blocks, size_t t, size_t kv) {
+    return cache + ((blocks[t / s->size] * s->size + t % s->size) * a->kv_heads + kv) * a->width;
+}
+
+/* Of token `n`: the query heads that read KV head `kv`, over all that the cache has of its sequence. */
+static void NAME(look)(const Attention *a, const Step *s, size_t n, size_t kv, const float *q, const T *k_cache,
+                       const T *v_cache, float *out) {
+    size_t d = a->width, context = s->positions[n] + 1;
+    size_t first = kv * a->group > (size_t)a->skipped ? kv * a->group - a->skipped : 0;
+    size_t stop = (kv + 1) * a->group - a->skipped;
+    size_t heads = (stop < (size_t)a->heads ? stop : (size_t)a->heads) - first;
+    const int64_t *blocks = s->tables + n * s->blocks;
+    float *scores = scratch(FOR_HEADS, heads * context), scale = 1 / sqrtf(d);
+    q += first * d, out += first * d;
+    for (size_t t = 0; t < context; t++) {
+        const T *k = NAME(cached)(a, s, k_cache, blocks, t, kv);
+        for (size_t h = 0; h < heads; h++) {
+            float dot = 0;
+#pragma omp simd reduction(+ : dot)
+            for (size_t i = 0; i < d; i++) dot += q[h * d + i] * NAME(wide)(k[i]);
+            scores[h * context + t] = dot * scale;
+        }
+    }
+    for (float *row = scores; row < scores + heads * context; row += context) {
+        float most = -INFINITY, total = 0;
+#pragma omp simd reduction(max : most)
+        for (size_t t = 0; t < context; t++) most = row[t] > most ? row[t] : most;
+#pragma omp simd reduction(+ : total)
+        for (size_t t = 0; t < context; t++) total += row[t] = power(row[t] - most);
+        for (size_t t = 0; t < context; t++) row[t] /= total;
+    }
+    memset(out, 0, heads * d * sizeof(float));
+    for (size_t t = 0; t < context; t++) {
+        const T *v = NAME(cached)(a, s, v_cache, blocks, t, kv);
+        for (size_t h = 0; h < heads; h++)
+            for (size_t i = 0; i < d; i++) out[h * d + i] += scores[h * context + t] * NAME(wide)(v[i]);
+    }
+}
+
+/* qkv (rows, all_heads) -> out (rows, heads, width), of one token of each sequence. */
+static void NAME(attend)(const Attention *a, const Step *s, float *qkv, T *k_cache, T *v_cache, float *out) {
+    size_t each = all_heads(a), tasks = s->rows * a->kv_heads, work = 0;
+    for (size_t n = 0; n < (size_t)s->rows; n++) {
+        NAME(place)(a, s, n, qkv + n * each, k_cache, v_cache);
+        work += s->positions[n];
+    }
+    int threads = work > 100 ? s->threads : 1; /* for less they'd take longer to meet */
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (size_t i = 0; i < tasks; i++) {
+        size_t n = i / a->kv_heads;
+        NAME(look)(a, s, n, i % a->kv_heads, qkv + n * each, k_cache, v_cache, out + n * a->heads * a->width);
+    }
+}
+
+/* -- what kernels.c hands to Python ------------------------------------------------------------------------------------- */
+
+static float *NAME(normed)(const T *x, const T *weight, size_t rows, size_t width, float eps) {
+    float *y = scratch(FOR_ROWS, rows * width);
+    NAME(widen)(x, y, rows * width);
+    for (size_t r = 0; r < rows; r++) NAME(norm)(y + r * width, weight, width, eps);
+    return y;
+}
+
+static void NAME(attention)(const Attention *a, const Step *s, const T *x, T *k, T *v, T *y) {
+    size_t rows = s->rows, each = all_heads(a), inner = a->heads * a->width;
+    float *in = NAME(normed)(x, a->norm, rows, a->hidden, a->eps);
+    float *qkv = scratch(FOR_SUMS, rows * (each + inner + a->hidden)), *out = qkv + rows * each, *sum = out + rows * inner;
+    NAME(linear)(in, a->qkv, a->qkv_bias, qkv, rows, a->hidden, each, s->threads);
+    NAME(attend)(a, s, qkv, k, v, out);
+    NAME(linear)(out, a->o, NULL, sum, rows, inner, a->hidden, s->threads);
+    NAME(narrow_all)(sum, y, rows * a->hidden);
+}
+
+static void NAME(mlp)(const Mlp *m, size_t rows, int threads, const T *x, T *y) {
+    size_t inner = m->inner;
+    float *in = NAME(normed)(x, m->norm, rows, m->hidden, m->eps);
+    float *both = scratch(FOR_SUMS, rows * (2 * inner + m->hidden)), *sum = both + rows * 2 * inner;
+    NAME(linear)(in, m->gate_up, m->gate_up_bias, both, rows, m->hidden, 2 * inner, threads);
+    for (size_t r = 0; r < rows; r++) /* from the left, so nothing is read after it was written over */
+        swiglu(both + r * 2 * inner, both + r * 2 * inner + inner, both + r * inner, inner);
+    NAME(linear)(both, m->down, NULL, sum, rows, inner, m->hidden, threads);
+    NAME(narrow_all)(sum, y, rows * m->hidden);
+}
+
+static void NAME(single_linear)(const T *x, const T *w, const T *bias, T *y, size_t rows, size_t in, size_t out, int threads) {
+    float *wide = scratch(FOR_ROWS, rows * in), *sum = scratch(FOR_SUMS, rows * out);
+    NAME(widen)(x, wide, rows * in);
+    NAME(linear)(wide, w, bias, sum, rows, in, out, threads);
+    NAME(narrow_all)(sum, y, rows * out);
+}
+
+static void NAME(rms_norm)(const T *x, const T *weight, T *y, size_t rows, size_t width, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 8)
+    for (size_t r = 0; r < rows; r++)
+        NAME(narrow_all)(NAME(normed)(x + r * width, weight, 1, width, eps), y + r * width, width);
+}
+
+static void NAME(gated)(const T *gate_up, T *y, size_t rows, size_t width, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 8)
+    for (size_t r = 0; r < rows; r++) {
+        float *both = scratch(FOR_ROWS, 2 * width);
+        NAME(widen)(gate_up + r * 2 * width, both, 2 * width);
+        swiglu(both, both + width, both, width);
+        NAME(narrow_all)(both, y + r * width, width);
+    }
+}
+
+static void NAME(prepare)(const Attention *a, const Step *s, T *qkv, T *k, T *v) {
+    size_t each = all_heads(a), qk = each - a->kv_heads * a->width;
+#pragma omp parallel for num_threads(s->threads) if (s->threads > 1 && s->rows > 8)
+    for (int64_t n = 0; n < s->rows; n++) {
+        float *row = scratch(FOR_ROWS, each);
+        NAME(widen)(qkv + n * each, row, each);
+        NAME(place)(a, s, n, row, k, v);
+        NAME(narrow_all)(row, qkv + n * each, qk);
+    }
+}
+
+static void NAME(singles)(const Attention *a, const Step *s, const T *qkv, T *k, T *v, T *y) {
+    size_t rows = s->rows, inner = a->heads * a->width, each = all_heads(a);
+    float *wide = scratch(FOR_ROWS, rows * each), *out = scratch(FOR_SUMS, rows * inner);
+    NAME(widen)(qkv, wide, rows * each);
+    NAME(attend)(a, s, wide, k, v, out);
+    NAME(narrow_all)(out, y, rows * inner);
+}

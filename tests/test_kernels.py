@@ -1,0 +1,85 @@
+"""The operations in C against PyTorch's, on random sizes; and a decoder with them against one without."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkit import LLM, SamplingParams
+from labkit.model import kernels
+
+pytestmark = pytest.mark.skipif(
+    kernels.library() is None, reason="no compiled kernels: they need GCC, and a processor with AVX2 or AVX-512"
+)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of a rounded result, relative to the largest one
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def distance(mine: torch.Tensor, right: torch.Tensor) -> float:
+    assert mine.shape == right.shape
+    return ((mine.double() - right).abs().max() / right.abs().max().clamp(min=1)).item()
+
+
+@given(st.integers(1, kernels.ROWS), st.integers(1, 200), st.integers(1, 100), st.booleans(), DTYPES)
+@settings(max_examples=200, deadline=None)
+def test_linear(rows: int, width: int, out: int, biased: bool, dtype: torch.dtype) -> None:
+    x, w = randn(rows, width, dtype=dtype), randn(out, width, dtype=dtype, seed=1)
+    bias = randn(out, dtype=dtype, seed=2) if biased else None
+    right = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    assert distance(kernels.linear(x, w, bias), right) < BOUND[dtype]
+
+
+@given(st.integers(1, kernels.ROWS), DTYPES)
+@settings(max_examples=30, deadline=None)
+def test_a_row_comes_out_the_same_whatever_is_beside_it(rows: int, dtype: torch.dtype) -> None:
+    x, w = randn(rows, 147, dtype=dtype), randn(83, 147, dtype=dtype, seed=1)
+    together = kernels.linear(x, w)
+    assert all(torch.equal(kernels.linear(x[i : i + 1].clone(), w)[0], together[i]) for i in range(rows))
+
+
+@given(st.integers(1, 40), st.integers(1, 100), DTYPES)
+@settings(max_examples=100, deadline=None)
+def test_norm_and_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = randn(rows, width, dtype=dtype), randn(width, dtype=dtype, seed=1)
+    right = F.rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    assert distance(kernels.rms_norm(x, weight, 1e-5), right) < BOUND[dtype]
+    both = randn(rows, 2 * width, dtype=dtype) * 30
+    gate, up = both.double().chunk(2, dim=1)
+    assert distance(kernels.swiglu(both), F.silu(gate) * up) < BOUND[dtype]
+
+
+def test_fake_tensors_and_formats_it_does_not_know_are_left_to_pytorch() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert kernels.suiting(torch.ones(2, 3)) is not None
+    assert kernels.suiting(torch.ones(2, 3, dtype=torch.float16)) is None
+    assert kernels.suiting(torch.ones(0, 3)) is None
+    assert kernels.suiting(torch.ones(2, 3).T) is None
+    assert kernels.suiting(torch.ones(9, 3), rows=8) is None
+    with FakeTensorMode():
+        assert kernels.suiting(torch.ones(2, 3)) is None
+
+
+@pytest.mark.parametrize("degrees", [{}, {"tensor_parallel_size": 2}, {"tensor_parallel_size": 4}], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 12])
+def test_a_decoder_says_the_same_with_and_without(degrees: dict, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 in float32: prompts of several lengths, cut into pieces, alone and together; heads split unevenly."""
+    prompts = [[7 * i + 11 * j + 5 for j in range(1 + 37 * i)] for i in range(batch)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
+    found = {}
+    for kind in ("c", "torch"):
+        monkeypatch.setitem(os.environ, "LABKIT_KERNELS", kind)
+        with LLM(dtype="float32", max_model_len=512, max_num_batched_tokens=100, **degrees) as llm:
+            found[kind] = [output.outputs[0] for output in llm.generate(prompts, params)]
+    for mine, theirs in zip(found["c"], found["torch"], strict=True):
+        assert mine.token_ids == theirs.token_ids
+        pairs = zip(mine.logprobs, theirs.logprobs, strict=True)
+        assert max(abs(a[i] - b[i]) for a, b in pairs for i in a) < 1e-3
+    assert found["c"] != found["torch"]  # to the last bit, they'd be equal only if C had not been used
