@@ -467,6 +467,11 @@ def deployment(
         split.experts(shape.moe.experts, layout.ep)
     if load.batch < 1 or load.context < 1 or load.prompt < 1:
         raise ValueError(f"batch={load.batch}, context={load.context:g}, prompt={load.prompt}: use 1 or more")
+    if hardware_ == "local":
+        from labkit.predict import local
+
+        dtype = load.kv_dtype if load.kv_dtype != "auto" else load.dtype
+        return local.deployment(model, layout, replace(load, kv_dtype=dtype))
     chosen = engine(engine_)
     if load.kv_dtype == "auto":
         narrow = load.dtype == "fp8" and chosen.fp8_cache
