@@ -5,7 +5,7 @@ PROFILE ?= ci
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env test lessons lab lint format clean
+.PHONY: help env test lessons lab lint format bench-peers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make env       only set up, so that $(BIN)/labkit works (PYTHON=python3.12 picks another Python)"
 	@echo "make lint      check format, lint and types"
 	@echo "make format    rewrite the code in the project's format"
+	@echo "make bench-peers   measure labkit, transformers, vLLM and llama.cpp in turn (installs them; half an hour the first time)"
 	@echo "make clean     remove .venv, build/ and caches"
 
 env: .venv/.ready
@@ -57,6 +58,9 @@ lessons: env
 
 lab: env
 	$(BIN)/labkit lab
+
+bench-peers: env
+	$(BIN)/python docs/peers.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ WORKLOADS = {  # batch, prompt tokens, new tokens
     "batch 8 decode": (8, 32, 128),
     "prefill 512": (1, 512, 1),
 }
-ROUNDS = 3
+ROUNDS = 5
 # Name: what pip does (None: this environment), how it is called in build/peers, arguments of peer.py.
 ENGINES: dict[str, tuple[list[str] | None, str, list[str]]] = {
     "labkit": (None, "", ["labkit", "threads=2"]),

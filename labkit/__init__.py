@@ -4,6 +4,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _WHERE = {
+    "AsyncLLM": "labkit.engine.async_llm",
     "LLM": "labkit.engine.llm",
     "SamplingParams": "labkit.engine.requests",
     "Layout": "labkit.mesh",
@@ -11,7 +12,7 @@ _WHERE = {
     "check": "labkit.lab.check",
     "predict_then": "labkit.lab.predict_then",
 }
-__all__ = ["LLM", "Layout", "SamplingParams", "check", "load_ipython_extension", "predict_then", "run"]
+__all__ = ["LLM", "AsyncLLM", "Layout", "SamplingParams", "check", "load_ipython_extension", "predict_then", "run"]
 
 
 def __getattr__(name: str) -> Any:

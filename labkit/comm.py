@@ -11,6 +11,7 @@ doi:10.1177/1094342005051521); a broadcast is counted once, at its source; point
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -108,7 +109,7 @@ class Comm:
     """This rank's communication. Tensors are contiguous; a group of one rank returns at once and counts nothing.
 
     Args:
-        mesh: the process grid; an `axis` below is one of its axes ("tp", "pp", "dp", "ep", "world").
+        mesh: the process grid; an `axis` below is one of its axes ("tp", "pp", "dp", "ep", "replica", "world").
         meter: count operations (`tallies`); off, the cost is one test per call.
         timed: also time them; off for fake tensors, where there is no clock to read.
         board: where to write what is being waited for.
@@ -138,7 +139,7 @@ class Comm:
         self._staged = mesh.backend == "gloo" and mesh.device.type == "cuda"
         self._on_device = mesh.backend == "nccl"
         self._on_cpu = mesh.device.type == "cpu"
-        self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._hidden_until = 0.0  # up to when time has been counted as hidden
         self._link_free = 0.0  # when an imitated link has carried all that it was given
 
@@ -282,9 +283,8 @@ class Comm:
     def send(self, x: torch.Tensor, to: int, axis: str = "world", what: str = "") -> None:
         """Sends `x` to the `to`-th rank of `axis` without waiting for it to be received.
 
-        `x` must not be changed after: gloo reads it when the receiver is ready.
+        `x` must not be changed after: gloo reads it when the receiver is ready. It is kept until `flush`.
         """
-        self._sending = [(work, kept) for work, kept in self._sending if not work.is_completed()]
         y = self._stage(x).contiguous()
         dst = self.mesh.peers(axis)[to]
 
@@ -311,11 +311,11 @@ class Comm:
         self._do("recv", axis, what, y.nbytes, y.nbytes, receive, kind="recv")
         return _written(x, y)
 
-    def flush(self) -> None:
-        """Waits until everything sent has left."""
-        for work, _ in self._sending:
+    def flush(self, keep: int = 0) -> None:
+        """Waits until everything sent has left, but for the last `keep` tensors. (gloo tells only who waits that one has.)"""
+        while len(self._sending) > keep:
+            work, _ = self._sending.popleft()
             work.wait()
-        self._sending.clear()
 
     # -- metering ------------------------------------------------------------------------------------------------------
 

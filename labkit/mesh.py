@@ -2,7 +2,8 @@
 
 `Layout` is only numbers and may be made anywhere; `Mesh` belongs to one rank of an initialised process group. Ranks are
 laid out as `arange(world).view(dp, pp, tp)`: tensor-parallel neighbours are adjacent (on one host, on its fast links),
-stages are further apart, replicas furthest. Experts are spread over the ranks of a stage in all its replicas, dp x tp.
+stages are further apart, replicas furthest. Experts are spread over the ranks of a stage in all its replicas, dp x tp ("ep"); the
+ranks of one replica, pp x tp, are an axis too.
 """
 
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Layout:
         if axis == "world":
             return list(range(self.world))
         here = self.place(rank)
+        if axis == "replica":
+            return [r for r in range(self.world) if self.place(r)["dp"] == here["dp"]]
         if axis == "ep":
             return (
                 [r for r in range(self.world) if self.place(r)["pp"] == here["pp"]] if self.expert_parallel else [rank]
@@ -90,11 +93,13 @@ class Mesh:
         self.backend: str = dist.get_backend()
         place = layout.place(self.rank)
         self.dp_rank, self.pp_rank, self.tp_rank = place["dp"], place["pp"], place["tp"]
-        self._peers = {axis: layout.peers(self.rank, axis) for axis in (*AXES, "ep", "world")}
+        self._peers = {axis: layout.peers(self.rank, axis) for axis in (*AXES, "ep", "replica", "world")}
         self._groups: dict[str, dist.ProcessGroup | None] = {"world": dist.group.WORLD}
         # The sampled ids go round on a group of their own ("pp_ids"): on the one that carries the hidden states, NCCL would
         # make them wait for each other.
-        for name, axis in (*((axis, axis) for axis in (*AXES, "ep")), ("pp_ids", "pp")):
+        several = ("replica",) if layout.dp > 1 else ()
+        self._groups["replica"] = dist.group.WORLD
+        for name, axis in (*((axis, axis) for axis in (*AXES, "ep", *several)), ("pp_ids", "pp")):
             # Every rank takes part in making every group, in the same order, or new_group waits for ever.
             for peers in sorted({tuple(layout.peers(r, axis)) for r in range(layout.world)}):
                 group = dist.new_group(list(peers), timeout=timedelta(seconds=timeout)) if len(peers) > 1 else None

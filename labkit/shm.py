@@ -53,6 +53,7 @@ def join(mesh: Mesh, host: str, timeout: float, *, alone: bool) -> "dict[str, Sh
     """
     lib = library()
     axes = [axis for axis in ("tp", "pp", "dp", "ep", "world") if mesh.size(axis) > 1]
+    axes += ["replica"] if mesh.layout.dp > 1 and mesh.size("replica") > 1 else []
     owned: dict[str, tuple[int, bytes, str]] = {}  # fd, a secret that proves the file to be the right one, its path
     if lib:
         for axis in axes:

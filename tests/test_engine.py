@@ -22,6 +22,12 @@ def request(index: int, prompt: int, tokens: int) -> Request:
     return Request(index, [index % 7] * prompt, params, seed=0, stop_ids=frozenset({99}), max_tokens=tokens)
 
 
+def scheduler_of(requests: list[Request], **options: int) -> Scheduler:
+    made = Scheduler(**options)
+    made.add(requests)
+    return made
+
+
 SIZE = 4  # tokens in a cache block
 
 
@@ -38,7 +44,7 @@ def test_every_request_is_served_whatever_lanes_blocks_budget_and_ends(
     sizes: list, lanes: int, sequences: int, blocks: int, budget: int, data: st.DataObject
 ) -> None:
     requests = [request(i, *size) for i, size in enumerate(sizes)]
-    scheduler = Scheduler(requests, lanes=lanes, sequences=sequences, blocks=blocks, size=SIZE, budget=budget)
+    scheduler = scheduler_of(requests, lanes=lanes, sequences=sequences, blocks=blocks, size=SIZE, budget=budget)
     cached: dict[int, list[int]] = {}  # of each block, the tokens whose K and V are in it
     flying: dict[int, tuple[Step, list[int]]] = {}
     arrived: list[int] = []
@@ -88,14 +94,16 @@ def _check(step: Step, scheduler: Scheduler, cached: dict[int, list[int]], budge
 
 
 def test_lanes_share_the_requests_evenly() -> None:
-    scheduler = Scheduler([request(i, 3, 4) for i in range(7)], lanes=3, sequences=16, blocks=99, size=4, budget=1000)
+    scheduler = scheduler_of(
+        [request(i, 3, 4) for i in range(7)], lanes=3, sequences=16, blocks=99, size=4, budget=1000
+    )
     steps = [scheduler.next_step(lane) for lane in range(3)]
     assert [len(step.requests) for step in steps if step] == [len(share) for share in even(7, 3)]
 
 
 def test_pieces_of_one_prompt_follow_each_other_through_the_lanes_and_share_steps_with_decode() -> None:
     long, short = request(0, 10, 2), request(1, 2, 9)
-    scheduler = Scheduler([long, short], lanes=2, sequences=4, blocks=99, size=4, budget=4)
+    scheduler = scheduler_of([long, short], lanes=2, sequences=4, blocks=99, size=4, budget=4)
     steps = []
     for tick in range(6):
         step = scheduler.next_step(tick % 2)
@@ -109,16 +117,35 @@ def test_pieces_of_one_prompt_follow_each_other_through_the_lanes_and_share_step
 
 def test_when_blocks_run_out_the_youngest_waits_and_loses_nothing() -> None:
     old, young = request(0, 6, 8), request(1, 6, 8)
-    scheduler = Scheduler([old, young], lanes=1, sequences=4, blocks=5, size=4, budget=64)
-    finished, again = [], 0
+    scheduler = scheduler_of([old, young], lanes=1, sequences=4, blocks=5, size=4, budget=64)
+    finished: list[int] = []
+    again = 0
     while not scheduler.done:
         step = scheduler.next_step(0)
         assert step
         again += step.recomputed_tokens
-        finished += [r.index for r in scheduler.commit(0, step, [1] * len(step.sampled))]
+        scheduler.commit(0, step, [1] * len(step.sampled))
+        finished += [r.index for r in step.sampled if r.finish_reason]
     assert finished == [0, 1]
     assert scheduler.preemptions >= 1 and again >= len(young.prompt_ids)
     assert old.output_ids == young.output_ids == [1] * 8
+
+
+def test_what_is_aborted_leaves_at_once_wherever_it_is() -> None:
+    under_way, filling, waiting, other = (request(i, n, 5) for i, n in enumerate((2, 9, 3, 2)))
+    scheduler = scheduler_of([under_way, filling, waiting, other], lanes=1, sequences=2, blocks=9, size=4, budget=4)
+    step = scheduler.next_step(0)
+    assert step and step.requests == [under_way, filling]
+    scheduler.abort({0, 1, 2})
+    scheduler.commit(0, step, [1] * len(step.sampled))  # its token comes too late
+    assert [r.finish_reason for r in (under_way, filling, waiting)] == ["abort"] * 3
+    assert not under_way.output_ids
+    while not scheduler.done:
+        step = scheduler.next_step(0)
+        assert step and step.requests == [other]
+        scheduler.commit(0, step, [1] * len(step.sampled))
+    assert other.output_ids == [1] * 5
+    assert sorted(scheduler.free) == list(range(9)), "every block came back"
 
 
 def tiny_model() -> Model:

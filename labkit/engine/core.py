@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +21,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from labkit.comm import Comm, Pending
-from labkit.engine.requests import Request, Token
+from labkit.engine.requests import Abort, Message, Progress, Request, Token
 from labkit.engine.sampling import empty, sample
 from labkit.engine.scheduler import Scheduler, Step
+from labkit.launch.rank import Channel
 from labkit.model.checkpoint import fill
 from labkit.model.decoder import Decoder
 from labkit.model.find import Model
@@ -106,51 +108,83 @@ class Engine:
         return blocks
 
     @torch.inference_mode()
-    def generate(self, requests: list[Request]) -> Iterator[list[Token]]:
-        """Serves this replica's share of `requests`; yields the tokens of each step as they become known, alike on all its
-        ranks."""
+    def generate(self, requests: list[Request], inbox: "Inbox | None" = None) -> Iterator[Progress]:
+        """Serves this replica's share of `requests`, and of those that arrive meanwhile through `inbox`, until it says the end.
+
+        Yields the tokens of each step as they become known, alike on all ranks of the replica.
+        """
         self.comm.reset()
         for moe in self.decoder.moes.values():
             moe.load.zero_()
         counts = self.counts = Counts()
         began = time.perf_counter()
-        self._watch_for_stops(requests)
         schedulers = {
             replica: Scheduler(
-                requests[replica :: self.comm.mesh.layout.dp], lanes=self.lanes, sequences=self.options.max_num_seqs,
-                blocks=self.cache.blocks, size=BLOCK, budget=self.options.max_num_batched_tokens,
+                lanes=self.lanes, sequences=self.options.max_num_seqs, blocks=self.cache.blocks, size=BLOCK,
+                budget=self.options.max_num_batched_tokens,
             )
             for replica in self.followed
         }  # fmt: skip
+        own = schedulers[self.replica]
+        arrived: dict[int, float] = {}  # seconds, of this replica's requests that have not finished
         queued: dict[int, float] = {}
+        self._admit(schedulers, requests)
+        arrived |= {request.index: 0.0 for request in own.waiting}
         flying: dict[int, tuple[Plan, Pending]] = {}
         tick = 0
-        while flying or not all(scheduler.done for scheduler in schedulers.values()):
+        while flying or inbox or not all(scheduler.done for scheduler in schedulers.values()):
+            idle = not flying and all(scheduler.done for scheduler in schedulers.values())
+            for message in inbox.next(idle) if inbox else ():
+                now = time.perf_counter() - began
+                if message is None:
+                    inbox = None
+                    for scheduler in schedulers.values():
+                        scheduler.abort(range(2**63))
+                elif isinstance(message, Abort):
+                    for scheduler in schedulers.values():
+                        scheduler.abort(message.indices)
+                else:
+                    self._admit(schedulers, message)
+                    arrived |= {r.index: now for r in message if r.index % self.comm.mesh.layout.dp == self.replica}
             lane = tick % self.lanes
             if lane in flying:
                 plan, pending = flying.pop(lane)
                 sampled = pending.wait()
+                self.comm.flush(keep=2 * self.lanes)
                 ids = self._ids(plan, sampled)
                 for replica, step in plan.items():
                     schedulers[replica].commit(lane, step, ids[replica])
                 now = time.perf_counter() - began
-                if (own := plan.get(self.replica)) and own.sampled:
-                    rows = zip(own.sampled, self._look(sampled), strict=True)
-                    yield [_token(request, row, now, queued[request.index]) for request, row in rows]
+                if (step := plan.get(self.replica, Step())).sampled:
+                    rows = zip(step.sampled, self._look(sampled), strict=True)
+                    tokens = [_token(r, row, now, queued[r.index]) for r, row in rows if not r.aborted]
+                    for token in tokens:
+                        if token.finish_reason:
+                            del arrived[token.request], queued[token.request]
+                    used = own.blocks - len(own.free)
+                    yield Progress(
+                        tokens, self.replica, own.in_flight, len(own.waiting), used, own.blocks, own.preemptions
+                    )
             plan = {replica: planned for replica, s in schedulers.items() if (planned := s.next_step(lane))}
             if self.options.debug:
                 self._agree(tick, plan)
-            if own := plan.get(self.replica):
+            if mine := plan.get(self.replica):
                 counts.ticks = tick + 1
-                self._count(own)
-                for request in own.requests:
-                    queued.setdefault(request.index, time.perf_counter() - began)
+                self._count(mine)
+                for request in mine.requests:
+                    queued.setdefault(request.index, time.perf_counter() - began - arrived[request.index])
             if plan:
                 flying[lane] = (plan, self._forward(plan))
             tick += 1
         self.comm.flush()
         counts.seconds = time.perf_counter() - began
-        counts.preemptions = schedulers[self.replica].preemptions
+        counts.preemptions = own.preemptions
+
+    def _admit(self, schedulers: dict[int, Scheduler], requests: list[Request]) -> None:
+        """Hands requests to their replicas, in turn by number."""
+        self._watch_for_stops(requests)
+        for replica, scheduler in schedulers.items():
+            scheduler.add(r for r in requests if r.index % self.comm.mesh.layout.dp == replica)
 
     def _forward(self, plan: Plan) -> Pending:
         """This stage's part of a step; the ids that the last stage samples are on their way to all stages of the replica."""
@@ -262,6 +296,49 @@ class Engine:
                 for (op, axis, phase, what), tally in self.comm.tallies.items()
             ],
         }
+
+
+class Inbox:
+    """What comes in while an engine runs, on all ranks that take steps together at the same tick.
+
+    Each rank has a line of its own to the launcher, and messages arrive in the same order but not at the same time. So one
+    rank says how many it has seen, and the others wait for as many. In a pipeline that word travels while `lanes` ticks go by;
+    ranks without stages, in lockstep, have it at once.
+    """
+
+    def __init__(self, channel: Channel, engine: Engine) -> None:
+        self.channel, self.comm, self.lanes = channel, engine.comm, engine.lanes
+        self.axis = "replica" if engine.comm.mesh.layout.dp > 1 and not engine.together else "world"
+        self.received: deque[Message] = deque()
+        self.taken = 0
+        self.words: deque[Pending] = deque()  # on their way
+
+    def next(self, idle: bool) -> list[Message]:
+        """The messages to take in at this tick. If the engine is `idle`, waits for one."""
+        while self.channel.waiting():
+            self.received.append(self.channel.receive())
+        if idle:
+            self._drain()
+            return self._take(self.taken + 1)
+        word = torch.tensor([self.taken + len(self.received)], device=self.comm.device)
+        if self.lanes == 1:
+            return self._take(int(self.comm.all_gather(word, self.axis, "plan")[0]))
+        self.words.append(self.comm.broadcast_start(word, 0, self.axis, "plan"))
+        return self._take(int(self.words.popleft().wait()) if len(self.words) > self.lanes else self.taken)
+
+    def _take(self, count: int) -> list[Message]:
+        """The messages up to the `count`-th since the start that have not been taken yet."""
+        messages: list[Message] = []
+        while self.taken < count:
+            messages.append(self.received.popleft() if self.received else self.channel.receive())
+            self.taken += 1
+        if None in messages:
+            self._drain()
+        return messages
+
+    def _drain(self) -> None:
+        while self.words:
+            self.words.popleft().wait()
 
 
 def _peak_rss() -> int:

@@ -4,18 +4,20 @@ In a script or notebook it starts local ranks and sends them one message per `ge
 rank and runs in place, on every rank alike. It turns text into ids and back, and knows nothing of how ranks share the work.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
+from tqdm import tqdm
 
 from labkit.comm import Comm, Event
-from labkit.engine.core import DTYPES, Engine, EngineOptions
+from labkit.engine.core import DTYPES, Engine, EngineOptions, Inbox
+from labkit.engine.outputs import TextStream, request_output
 from labkit.engine.report import assemble
-from labkit.engine.requests import CompletionOutput, Request, RequestMetrics, RequestOutput, SamplingParams, Token
+from labkit.engine.requests import Progress, Request, RequestOutput, SamplingParams, Token
 from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
@@ -25,7 +27,8 @@ from labkit.model.find import DEFAULT, Model, find
 from labkit.parallel.expert import EXCHANGES, Spread
 from labkit.parallel.overlap import MODES
 
-MEASURE_THE_LINK = "measure the link"  # a message to the ranks
+MEASURE_THE_LINK = "measure the link"  # messages to the ranks
+LIVE = "live"  # from now on, requests come one by one
 Prompt = str | list[int] | dict[str, list[int]]
 
 
@@ -145,17 +148,25 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Serves all prompts together; outputs in the prompts' order. One SamplingParams for all, or one for each."""
+        """Serves all prompts together; outputs in the prompts' order. One SamplingParams for all, or one for each.
+
+        use_tqdm: show a progress bar, where it takes longer than two seconds.
+        """
         single = isinstance(prompts, str | dict) or _is_ids(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        requests = self._requests(many, sampling_params)
+        requests = self.requests(many, sampling_params)
         tokens: dict[int, list[Token]] = {request.index: [] for samples in requests for request in samples}
-        for step in self._run([request for samples in requests for request in samples]):
-            for token in step:
-                tokens[token.request].append(token)
+        with _bar(len(tokens), use_tqdm and self.leads) as bar:
+            for step in self._run([request for samples in requests for request in samples]):
+                for token in step:
+                    tokens[token.request].append(token)
+                    bar.update(token.finish_reason is not None)
+        tokenizer = self.tokenizer if self.model.folder else None
         return [
-            self._output(i, prompt, [(request, tokens[request.index]) for request in samples])
+            request_output(str(i), prompt, [(request, tokens[request.index]) for request in samples], tokenizer)
             for i, (prompt, samples) in enumerate(zip(many, requests, strict=True))
         ]
 
@@ -172,20 +183,13 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The output of one prompt, piece by piece as it is generated. Left before its end, the ranks have to start anew."""
-        [[request, *more]] = self._requests([prompt], sampling_params)
+        [[request, *more]] = self.requests([prompt], sampling_params)
         if more:
             raise ValueError(f"n={request.params.n}: stream gives one output")
-        decoder, text, shown = DecodeStream(skip_special_tokens=True), "", 0
-        stops = request.params.stops
-        held = max(map(len, stops), default=1) - 1  # what may be the beginning of a stop string is not shown yet
+        text = TextStream(request, self.tokenizer)
         for step in self._run([request]):
-            for token in step:
-                text += decoder.step(self.tokenizer.backend_tokenizer, token.id) or ""
-                end = min([len(text), *(at for stop in stops if (at := text.find(stop)) >= 0)])
-                safe = end if end < len(text) or token.finish_reason else max(shown, len(text) - held)
-                if safe > shown:
-                    yield text[shown:safe]
-                    shown = safe
+            if piece := "".join(text.add(token) for token in step):
+                yield piece
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -231,6 +235,16 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def ranks(self) -> RankGroup:
+        """The running ranks; starts them where there are none."""
+        if self._engine:
+            raise ValueError("under torchrun ranks run in place: there is nobody to send them messages")
+        return self._group or self._start()
+
+    def take_reports(self, message: dict[str, Any]) -> None:
+        """What the ranks say of a run at its end."""
+        self._rank_reports = message["ranks"]
+
     def _start(self) -> RankGroup:
         group = RankGroup(
             _serve,
@@ -255,42 +269,45 @@ class LLM:
         """Serves the requests; yields each step's tokens, and keeps what `report` needs."""
         self._tokens = []
         for step in self._run_in_place(self._engine, requests) if self._engine else self._run_on_ranks(requests):
-            self._tokens.append(step)
-            yield step
+            self._tokens.append(step.tokens)
+            yield step.tokens
 
-    def _run_on_ranks(self, requests: list[Request]) -> Iterator[list[Token]]:
-        group = self._group or self._start()
+    def _run_on_ranks(self, requests: list[Request]) -> Iterator[Progress]:
+        group = self.ranks()
         finished = False
         try:
             group.send(requests)
             replicas = self.layout.dp
             while replicas:
                 _, message = group.receive()
-                if isinstance(message, list):
+                if isinstance(message, Progress):
                     yield message
                 else:
                     replicas -= 1
-                    self._rank_reports = message["ranks"]
+                    self.take_reports(message)
             finished = True
         finally:
             if not finished:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use
                 self.close()
 
-    def _run_in_place(self, engine: Engine, requests: list[Request]) -> Iterator[list[Token]]:
+    def _run_in_place(self, engine: Engine, requests: list[Request]) -> Iterator[Progress]:
         if self.layout.dp == 1:
             yield from engine.generate(requests)
         else:  # replicas differ in what they serve: put it together at the end
             steps = list(engine.generate(requests))
             replicas = engine.comm.gather_objects(steps)[:: self.layout.tp * self.layout.pp]
-            yield from sorted((s for replica in replicas for s in replica), key=lambda s: s[0].seconds)
+            yield from sorted((s for replica in replicas for s in replica), key=lambda s: s.tokens[0].seconds)
         self._rank_reports = engine.comm.gather_objects(engine.report())
 
     # -- text ----------------------------------------------------------------------------------------------------------
 
-    def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    def requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None, first: int = 0
     ) -> list[list[Request]]:
-        """For each prompt as many requests as outputs are wanted. Checks everything that can be known before the ranks see it."""
+        """For each prompt as many requests as outputs are wanted, numbered from `first` on.
+
+        Checks everything that can be known before the ranks see it.
+        """
         if not prompts:
             raise ValueError("no prompts: give at least one")
         each = (
@@ -302,9 +319,9 @@ class LLM:
             raise ValueError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
             )
-        first = [0, *accumulate(p.n for p in each)]
+        numbers = [*accumulate((p.n for p in each), initial=first)]
         return [
-            [self._request(i, first[i] + j, j, ids, p) for j in range(p.n)]
+            [self._request(i, numbers[i] + j, j, ids, p) for j in range(p.n)]
             for i, (ids, p) in enumerate(zip(map(self._ids, prompts), each, strict=True))
         ]
 
@@ -338,40 +355,6 @@ class LLM:
             )
         return prompt
 
-    def _output(self, number: int, prompt: Prompt, samples: list[tuple[Request, list[Token]]]) -> RequestOutput:
-        first, last = (pick(tokens[at].seconds for _, tokens in samples) for pick, at in ((min, 0), (max, -1)))
-        longest = max(len(tokens) for _, tokens in samples)
-        return RequestOutput(
-            request_id=str(number),
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=samples[0][0].prompt_ids,
-            outputs=[self._completion(i, *each) for i, each in enumerate(samples)],
-            finished=all(tokens[-1].finish_reason for _, tokens in samples),
-            metrics=RequestMetrics(
-                queue_s=min(tokens[0].queued for _, tokens in samples),
-                ttft_s=first,
-                tpot_s=(last - first) / (longest - 1) if longest > 1 else None,
-                tokens_per_s=sum(len(tokens) for _, tokens in samples) / last,
-            ),
-        )
-
-    def _completion(self, index: int, request: Request, tokens: list[Token]) -> CompletionOutput:
-        ids = [t.id for t in tokens]
-        reason = tokens[-1].finish_reason
-        stop_reason: int | str | None = None
-        by_token = reason == "stop" and ids[-1] in request.stop_ids
-        text = ""
-        if self.model.folder:
-            text = self.tokenizer.decode(ids[:-1] if by_token else ids, skip_special_tokens=True)
-        if by_token:
-            stop_reason = ids[-1] if ids[-1] in request.params.stop_token_ids else None
-        elif found := [(text.find(stop), stop) for stop in request.params.stops if stop in text]:
-            at, stop_reason = min(found)
-            text = text[:at]
-        logprobs = [t.logprobs for t in tokens if t.logprobs is not None] or None
-        total = sum(each[i] for each, i in zip(logprobs, ids, strict=True)) if logprobs else None
-        return CompletionOutput(index, text, ids, reason, stop_reason, logprobs, total)
-
 
 def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
     """What each launched rank does: load, then serve one message of requests after another until the channel closes."""
@@ -380,20 +363,33 @@ def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> No
     leads = comm.mesh.pp_rank == comm.mesh.tp_rank == 0
     while True:
         try:
-            requests = channel.receive()
+            message = channel.receive()
         except EOFError:
             return
-        if requests == MEASURE_THE_LINK:
+        if message == MEASURE_THE_LINK:
             rate = measured_gbit(comm, megabytes=4)
             if comm.rank == 0:
                 channel.send(rate)
             continue
-        for step in engine.generate(requests):
+        live = message == LIVE
+        for step in engine.generate([] if live else message, Inbox(channel, engine) if live else None):
             if leads:
                 channel.send(step)
         reports = comm.gather_objects(engine.report())
         if leads:
             channel.send({"ranks": reports})
+
+
+def _bar(total: int, shown: bool) -> tqdm:
+    """A progress bar; where the output is not a terminal's (papermill, a log file) one that says little."""
+    return tqdm(
+        total=total,
+        desc="requests",
+        unit="",
+        disable=not shown,
+        delay=2,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
 
 
 def _is_ids(prompt: Any) -> bool:

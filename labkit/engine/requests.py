@@ -88,6 +88,7 @@ class Request:
     computed: int = 0  # of these, those whose K and V are in the cache
     recompute: int = 0  # how many had been there when the request last lost its blocks
     blocks: list[int] = field(default_factory=list)
+    aborted: bool = False
     text: str = ""  # of the output; kept only if there are strings to stop at
     detokenizer: Callable[[int], str | None] | None = None
 
@@ -103,7 +104,9 @@ class Request:
 
     @property
     def finish_reason(self) -> str | None:
-        """ "stop" after an end token or string, "length" after max_tokens, None while it goes on."""
+        """ "stop" after an end token or string, "length" after max_tokens, "abort"; None while it goes on."""
+        if self.aborted:
+            return "abort"
         if self.output_ids and self.output_ids[-1] in self.stop_ids:
             return "stop"
         if any(stop in self.text for stop in self.params.stops):
@@ -115,7 +118,7 @@ class Request:
 class Token:
     """One generated token: of which request, when (seconds after `generate` began), and why it was the last, if it was.
 
-    queued: seconds until the request was first computed. logprobs: of this and of the likeliest tokens, by id.
+    queued: seconds from the request's arrival until it was first computed. logprobs: of this and of the likeliest tokens, by id.
     """
 
     request: int
@@ -124,6 +127,29 @@ class Token:
     finish_reason: str | None
     queued: float
     logprobs: dict[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step of a replica brought: tokens; and where it stands after it, in requests and blocks of KV cache."""
+
+    tokens: list[Token]
+    replica: int
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks: int
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class Abort:
+    """A message to a running engine: forget these requests."""
+
+    indices: frozenset[int]
+
+
+Message = list[Request] | Abort | None  # to a running engine; None: end
 
 
 @dataclass

@@ -13,6 +13,7 @@ No clock, no random order and nothing that differs between ranks enters here.
 """
 
 from collections import deque
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from labkit.engine.requests import Request
@@ -45,26 +46,41 @@ class Scheduler:
     """Lanes of requests over one pool of cache blocks.
 
     Args:
-        requests: in order of arrival.
         lanes: how many batches take turns.
         sequences: requests that may run at once, in all lanes together.
         blocks, size: cache blocks, and tokens in one. A request that needs more than all of them must not come here.
         budget: tokens that one step takes at most, but at least one of each running request of its lane.
     """
 
-    def __init__(
-        self, requests: list[Request], *, lanes: int, sequences: int, blocks: int, size: int, budget: int
-    ) -> None:
-        self.waiting = deque(requests)
+    def __init__(self, *, lanes: int, sequences: int, blocks: int, size: int, budget: int) -> None:
+        self.waiting: deque[Request] = deque()
         self.filling: list[Request] = []  # admitted, prompt not yet computed to its end; no lane is theirs yet
         self.running: list[list[Request]] = [[] for _ in range(lanes)]
         self.sequences, self.size, self.budget = sequences, size, budget
-        self.free = list(range(blocks))[::-1]
+        self.blocks, self.free = blocks, list(range(blocks))[::-1]
         self.preemptions = 0
 
     @property
     def done(self) -> bool:
         return not self.waiting and not self.filling and not any(self.running)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have been admitted."""
+        return len(self.filling) + sum(map(len, self.running))
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Requests in order of arrival."""
+        self.waiting += requests
+
+    def abort(self, indices: Container[int]) -> None:
+        """Forgets these requests. What is under way of them may write into blocks that others have got by then, but before them:
+        all stages take steps in the same order."""
+        for requests in (self.waiting, self.filling, *self.running):
+            for request in [r for r in requests if r.index in indices]:
+                request.aborted = True
+                requests.remove(request)
+                self._release(request)
 
     def next_step(self, lane: int) -> Step | None:
         """What `lane` does on its turn. None: nothing."""
@@ -91,25 +107,24 @@ class Scheduler:
             self._take(step, request, n)
         return step if step.requests else None
 
-    def commit(self, lane: int, step: Step, ids: list[int]) -> list[Request]:
-        """Takes the sampled `ids`, one for each of `step.sampled`; those that are finished leave, and are returned."""
-        finished = []
+    def commit(self, lane: int, step: Step, ids: list[int]) -> None:
+        """Takes the sampled `ids`, one for each of `step.sampled`; those that are finished leave."""
         for request, token in zip(step.sampled, ids, strict=True):
+            if request.aborted:
+                continue
             request.take(token)
             if request.finish_reason:
                 self.running[lane].remove(request)
                 self._release(request)
-                finished.append(request)
-        return finished
 
     def _share(self, lane: int) -> int:
         """An even share of all requests, so that one lane doesn't take what would keep the others busy."""
-        total = len(self.waiting) + len(self.filling) + sum(map(len, self.running))
+        total = len(self.waiting) + self.in_flight
         return len(even(min(total, self.sequences), len(self.running))[lane])
 
     def _admit(self) -> None:
         """Lets waiting requests in, first come first served, as long as their tokens so far and one more have blocks."""
-        while self.waiting and len(self.filling) + sum(map(len, self.running)) < self.sequences:
+        while self.waiting and self.in_flight < self.sequences:
             request = self.waiting[0]
             needed = -(-(len(request.tokens) + 1) // self.size)
             if needed > len(self.free):

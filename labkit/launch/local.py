@@ -154,7 +154,7 @@ class RankGroup:
     def send(self, message: Any) -> None:
         """One message to every rank."""
         raw = cloudpickle.dumps(message)
-        for link in self._links.values():
+        for link in list(self._links.values()):  # another thread may be receiving
             with contextlib.suppress(OSError):  # a dead rank is for the next receive to report
                 link.send_bytes(raw)
 

@@ -100,6 +100,10 @@ class Channel:
         self._board.write(0, False, "")
         return pickle.loads(raw)
 
+    def waiting(self) -> bool:
+        """Whether there is a message to receive."""
+        return self._over or self._link.poll()
+
     def send(self, message: Any) -> None:
         """Sends `message`, tensors as copies. Raises TypeError if it cannot be pickled."""
         self.put("message", message)

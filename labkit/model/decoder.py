@@ -21,12 +21,14 @@ from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear, Voca
 
 
 def stage_layers(cfg: ModelConfig, pp: int) -> list[range]:
-    """Layers of each pipeline stage, balanced by the weight bytes that a decode step reads.
+    """Layers of each pipeline stage, balanced by the weight bytes that their steps read.
 
-    The output head is read whole, like several layers (8 of SmolLM2's); of the embedding a step reads one row.
+    A decode step reads the whole output head, as much as several layers (8 of SmolLM2's); a step of prefill computes it for a
+    prompt's last token only, and what else layers do has no part in the head. So it counts half. Of the embedding a step
+    reads one row.
     """
     head = cfg.vocab * cfg.hidden / cfg.layer_params
-    return split.layers(cfg.layers, pp, before=cfg.hidden / cfg.layer_params, after=head)
+    return split.layers(cfg.layers, pp, before=cfg.hidden / cfg.layer_params, after=head / 2)
 
 
 def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
@@ -80,7 +82,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, or experts, each behind a norm and added to the residual."""
+    """Attention and MLP, or experts, each behind a norm and added to the residual, in place."""
 
     def __init__(
         self, cfg: ModelConfig, number: int, comm: Comm, spread: Spread, dtype: torch.dtype, device: torch.device
@@ -98,10 +100,12 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
         if len(x):
-            x = x + (yield from self.attention(x, batch, k, v))
+            x += yield from self.attention(x, batch, k, v)
         if self.moe:  # without tokens of its own too: others' come to the experts here
-            return x + (yield from self.moe(kernels.rms_norm(x, self.post_norm, self.eps), batch.replicas))
-        return x + (yield from self.mlp(x)) if self.mlp and len(x) else x
+            x += yield from self.moe(kernels.rms_norm(x, self.post_norm, self.eps), batch.replicas)
+        elif self.mlp and len(x):
+            x += yield from self.mlp(x)
+        return x
 
 
 class Decoder(nn.Module):
