@@ -401,10 +401,25 @@ def predict(
     output: OutputLength = None,
     step: PrefillStep = 8192,
     imbalance: Annotated[float | None, typer.Option(help="load of the busiest expert rank over the mean")] = None,
-    validate: Annotated[bool, typer.Option(help="errors against published measurements, fitted and held out")] = False,
+    validate: Annotated[
+        bool,
+        typer.Option(
+            help="errors against published measurements, fitted and held out; with --hardware local, measured here"
+        ),
+    ] = False,
+    recalibrate: Annotated[bool, typer.Option(help="measure this machine again (--hardware local)")] = False,
     as_json: Json = False,
 ) -> None:
     """Time per token, time to the first, memory and communication of a deployment, as sums of terms with their sources."""
+    if hardware == "local":
+        from labkit.predict import local
+
+        if recalibrate:
+            local.forget()
+        print("what is not known of this machine yet is measured first, some 30 s a setting", file=sys.stderr)
+    if validate and hardware == "local":
+        rows = local.compared(model)
+        finish({"results": rows}, as_json, lambda: _plain_table([{**row, "layout": _degrees(row)} for row in rows]))
     if validate:
         from labkit.predict.calibrate import validation
 

@@ -470,9 +470,8 @@ def deployment(
     if hardware_ == "local":
         from labkit.predict import local
 
-        dtype = load.kv_dtype if load.kv_dtype != "auto" else load.dtype
-        return local.deployment(model, layout, replace(load, kv_dtype=dtype))
-    chosen = engine(engine_)
+        return local.deployment(model, layout, load)
+    chosen, load = engine(engine_), replace(load, dtype="bfloat16" if load.dtype == "auto" else load.dtype)
     if load.kv_dtype == "auto":
         narrow = load.dtype == "fp8" and chosen.fp8_cache
         load = replace(load, kv_dtype="fp8" if narrow else "float32" if load.dtype == "float32" else "bfloat16")
@@ -491,7 +490,8 @@ def predict(
     """How fast a deployment would be.
 
     Args:
-        model: a registered shape, a config.json, or what `LLM` takes. hardware_: `labkit.predict.hardware.hardware`.
+        model: a registered shape, a config.json, or what `LLM` takes. hardware_: as for `labkit.predict.hardware.hardware`, or
+            "local", this machine (`labkit.predict.local`), which is measured first, in 20 to 40 seconds for each way to share it.
         batch: sequences in flight, in all replicas together. context: tokens that each has in the cache.
         dtype, kv_dtype: of weights and of the cache. "auto": 16 bits; of the cache, what the engine does.
         engine_: whose efficiencies and fixed costs (engines.json); "typical" was fitted on all engines together.
@@ -510,7 +510,7 @@ def predict(
         prompt = prompt or context
         context, per_token = round(prompt + output / 2), prompt / output
     load = Load(
-        batch=batch, context=context, dtype="bfloat16" if dtype == "auto" else dtype, kv_dtype=kv_dtype,
+        batch=batch, context=context, dtype=dtype, kv_dtype=kv_dtype,
         prompt=prompt or context, step=step, prompt_tokens_per_token=per_token, imbalance=imbalance,
     )  # fmt: skip
     at = deployment(model, hardware_, tp=tp, pp=pp, dp=dp, ep=ep, engine_=engine_, load=load)

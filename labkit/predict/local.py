@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from labkit import split
-from labkit.engine.llm import LLM
+from labkit.engine.llm import LLM, chosen_dtype
 from labkit.engine.requests import SamplingParams
 from labkit.launch.local import threads_per_rank
 from labkit.measure.collectives import sweep
@@ -172,6 +172,8 @@ class LocalDeployment(Deployment):
 def deployment(model: str, layout: Layout, load: Load) -> LocalDeployment:
     """Raises ValueError for more ranks than cores, and for experts, which are not measured."""
     shape, cores = shape_of(model), usable_cores()
+    dtype = chosen_dtype(load.dtype, "bfloat16")
+    load = replace(load, dtype=dtype, kv_dtype=dtype)
     if layout.world > cores:
         raise ValueError(
             f"hardware local: {layout.world} ranks on {cores} core(s); times of more ranks than cores say little"
@@ -248,7 +250,7 @@ def measure(setting: Setting, dtype: str) -> Constants:
         for number, config in enumerate(SMALL + LARGE):
             file = Path(folder) / f"probe{number}.json"
             file.write_text(json.dumps(config))
-            at = deployment(str(file), layout, Load(dtype=dtype, kv_dtype=dtype))
+            at = deployment(str(file), layout, Load(dtype=dtype))
             short, long, prompts = _serve(str(file), setting, dtype, large=config in LARGE)
             alone = {n: seconds - sum(at.exchanged(0, n, n).values()) for n, seconds in short.items()}
             if config in SMALL:
@@ -294,7 +296,7 @@ def _serve(model: str, setting: Setting, dtype: str, *, large: bool) -> tuple[di
             ids = torch.randint(0, 4096, (sequences, prompt), generator=torch.Generator().manual_seed(0)).tolist()
             times = []
             for _ in range(repeats):
-                llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True))
+                llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
                 times.append(llm.report()[figure] / 1e3)
             return median(times)
 
@@ -308,12 +310,15 @@ def _serve(model: str, setting: Setting, dtype: str, *, large: bool) -> tuple[di
 
 
 def compared(
-    model: str, layouts: Sequence[Layout], batches: Sequence[int] = (1, 4, 8), contexts: Sequence[int] = (128, 1024),
-    dtype: str = "bfloat16",
+    model: str, layouts: Sequence[Layout] = (), batches: Sequence[int] = (1, 4, 8), contexts: Sequence[int] = (128, 1024),
+    dtype: str = "auto",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Decode of a model here, measured and predicted, in milliseconds between two tokens of a sequence."""
-    found = []
-    for layout in layouts:
+    """Decode of a model here, measured and predicted, in milliseconds between two tokens of a sequence.
+
+    layouts: by default one rank, and all cores along tp and along pp.
+    """
+    found, cores = [], usable_cores()
+    for layout in layouts or [Layout(), *([Layout(tp=cores), Layout(pp=cores)] if cores > 1 else [])]:
         with LLM(
             model, tensor_parallel_size=layout.tp, pipeline_parallel_size=layout.pp, data_parallel_size=layout.dp,
             dtype=dtype, max_model_len=max(contexts) + TOKENS, max_num_seqs=max(batches),
@@ -324,9 +329,11 @@ def compared(
                 ids = torch.randint(0, vocab, size, generator=torch.Generator().manual_seed(0)).tolist()
                 times = []
                 for _ in range(REPEATS):
-                    llm.generate(ids, SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
+                    llm.generate(
+                        ids, SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True), use_tqdm=False
+                    )
                     times.append(llm.report()["itl_ms"])
-                load = Load(batch=batch, context=context, dtype=dtype, kv_dtype=dtype)
+                load = Load(batch=batch, context=context, dtype=dtype)
                 guess = deployment(model.removeprefix("random:"), layout, load).decode().seconds * 1e3
                 found.append(
                     {
