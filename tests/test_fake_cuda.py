@@ -4,18 +4,13 @@ Every shape and device of a real run is computed and checked by PyTorch, nothing
 into the model fails here. What this can't show: values, NCCL, speed.
 """
 
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-GUARD = """
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>);
-"""
+from labkit.predict import dryrun
 
 PROGRAM = """
 import sys, torch, torch.distributed as dist
@@ -56,20 +51,12 @@ with FakeTensorMode(), torch.inference_mode():
 
 
 @pytest.fixture(scope="module")
-def guard(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def guard() -> list[str]:
     """A build of torch without CUDA needs a device guard that does nothing; with CUDA there is one already."""
-    if torch.version.cuda:
-        return []
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    library = dryrun.guard()
+    if library is None and not torch.version.cuda:
         pytest.skip("no C++ compiler to build the two-line CUDA device guard that fake tensors need on a CPU build")
-    folder = tmp_path_factory.mktemp("guard")
-    source, library = folder / "guard.cpp", folder / "guard.so"
-    source.write_text(GUARD)
-    root = Path(torch.__file__).parent
-    command = [compiler, "-shared", "-fPIC", "-std=c++20", f"-I{root}/include", str(source), "-o", str(library)]
-    subprocess.run([*command, f"-L{root}/lib", "-lc10"], check=True)
-    return [str(library)]
+    return [str(library)] if library else []
 
 
 def program(rank: int, fault: str, guard: list[str]) -> subprocess.CompletedProcess[str]:

@@ -156,7 +156,7 @@ class Engine:
                     schedulers[replica].commit(lane, step, ids[replica])
                 now = time.perf_counter() - began
                 if (step := plan.get(self.replica, Step())).sampled:
-                    rows = zip(step.sampled, sampled.tolist(), strict=True)
+                    rows = zip(step.sampled, self._look(sampled), strict=True)
                     tokens = [_token(r, row, now, queued[r.index]) for r, row in rows if not r.aborted]
                     for token in tokens:
                         if token.finish_reason:
@@ -202,11 +202,16 @@ class Engine:
         """The sampled ids of each replica that this rank follows."""
         own = (sampled[:, 0] if sampled.dim() == 2 else sampled).long()
         if not self.together:
-            return {self.replica: own.tolist()}
+            return {self.replica: self._look(own)}
         self._set_phase(plan)
         widest = max(len(step.sampled) for step in plan.values())
-        everyones = self.comm.all_gather(F.pad(own, (0, widest - len(own))), "dp", "ids").tolist() if widest else []
-        return {replica: everyones[replica][: len(step.sampled)] if widest else [] for replica, step in plan.items()}
+        everyones = self.comm.all_gather(F.pad(own, (0, widest - len(own))), "dp", "ids") if widest else own
+        rows = self._look(everyones)
+        return {replica: rows[replica][: len(step.sampled)] if widest else [] for replica, step in plan.items()}
+
+    def _look(self, x: torch.Tensor) -> list[Any]:
+        """Numbers of a computed tensor, on the host: waits for the device. (A dry run has none, and gives zeros.)"""
+        return x.tolist()
 
     def _watch_for_stops(self, requests: list[Request]) -> None:
         """Gives requests that end at a string what turns their tokens into text."""
@@ -271,7 +276,7 @@ class Engine:
             "shared_memory": sorted(self.comm.shared),
             "events": self.comm.events,
             "experts": [
-                {"layer": number, "placement": moe.placement, "tokens": moe.load.tolist()}
+                {"layer": number, "placement": moe.placement, "tokens": self._look(moe.load)}
                 for number, moe in self.decoder.moes.items()
             ],
             "comm": [

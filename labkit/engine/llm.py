@@ -105,7 +105,7 @@ class LLM:
                 "can't cut their steps alike"
             )
         self.options = EngineOptions(
-            dtype=_dtype(dtype, config.dtype),
+            dtype=chosen_dtype(dtype, config.dtype),
             max_model_len=_at_least_one("max_model_len", min(max_model_len, config.max_positions)),
             max_num_seqs=_at_least_one("max_num_seqs", max_num_seqs),
             max_num_batched_tokens=_at_least_one("max_num_batched_tokens", max_num_batched_tokens),
@@ -396,7 +396,8 @@ def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) for i in prompt)
 
 
-def _dtype(asked: str, checkpoint: str) -> str:
+def chosen_dtype(asked: str, checkpoint: str) -> str:
+    """What `dtype` means for a checkpoint on this machine. Raises ValueError."""
     name = checkpoint if asked == "auto" else asked
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")

@@ -1,6 +1,7 @@
 """One report from what each rank counted: the fields that `LLM.report()`, `labkit generate --json` and `bench` share."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,8 @@ def assemble(
     """The report of one `generate`.
 
     tokens_per_s: generated tokens of all requests over the whole time. ttft_ms, tpot_ms: medians over requests of the time to
-    the first token, and of the mean time between later ones (None without a second token). comm: one entry per operation,
+    the first token, and of the mean time between later ones (None without a second token). itl_ms: the median of all times
+    between a token and the next of its request, which a few long waits don't move. comm: one entry per operation,
     axis, phase and kind; per token = per decode step of one sequence (decode) or per prompt token (prefill), on the rank
     that does most of it; ms_per_token is what the rank was kept by it, hidden_ms_per_token what went on beside its work. With
     a batch, one call serves several sequences, so calls_per_token is below calls per step.
@@ -31,6 +33,7 @@ def assemble(
     for step in steps:
         for token in step:
             times.setdefault(token.request, []).append(token.seconds)
+    gaps = [later - earlier for t in times.values() for earlier, later in pairwise(t)]
     tpots = [(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1]
     generated = sum(len(t) for t in times.values())
     seconds = max((r["seconds"] for r in ranks), default=0.0)
@@ -46,6 +49,7 @@ def assemble(
         "tokens_per_s": generated / seconds if seconds else None,
         "ttft_ms": median(t[0] for t in times.values()) * 1e3 if times else None,
         "tpot_ms": median(tpots) * 1e3 if tpots else None,
+        "itl_ms": median(gaps) * 1e3 if gaps else None,
         "bubble_fraction": max((r["bubble_fraction"] for r in ranks), default=0.0),
         "ranks": [
             {

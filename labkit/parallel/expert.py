@@ -14,10 +14,10 @@ is, so each replica comes with tokens of its own, which its tp ranks all have. T
 A rank without tokens takes part with zero rows. Where an "ep" group is one rank (no expert parallelism), each expert's
 matrices are cut over "tp" instead, like a dense MLP's, for one all-reduce.
 
-Row counts depend on the router, so the host has to look at them: once per layer and step, at `.tolist()` below.
+Row counts depend on the router, so the host has to look at them: once per layer and step, at `self.look` below.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,7 @@ class MoE(nn.Module):
         for i, e in enumerate(held):
             slot[e] = i
         self.owner, self.slot = torch.tensor(owner, device=device), torch.tensor(slot, device=device)
+        self.look: Callable[[torch.Tensor], list[int]] = torch.Tensor.tolist  # a dry run puts here what it assumes
         self.load = torch.zeros(moe.experts, dtype=torch.int64, device=device)
         self.exchange = {
             "all_reduce": self._all_reduce,
@@ -105,7 +106,7 @@ class MoE(nn.Module):
         return y[start : start + len(x)]
 
     def _all_gather(self, x: torch.Tensor, replicas: Sequence[int]) -> torch.Tensor:
-        sizes, mine = self._sizes(replicas), self._mine(x)
+        sizes, mine = self.sizes(replicas), self._mine(x)
         rows = max(sizes)
         padded = self.comm.all_gather(_pad(mine, rows), "ep", "dispatch").flatten(0, 1)  # (ep x rows, hidden)
         experts, weights = self.router(padded)
@@ -113,10 +114,10 @@ class MoE(nn.Module):
         there = torch.arange(rows, device=x.device) < torch.tensor(sizes, device=x.device).unsqueeze(1)  # (ep, rows)
         experts = experts.where(there.view(-1, 1), self.moe.experts)  # what fills up wants no expert
         y = self.comm.reduce_scatter(self._compute(padded, experts, weights), "ep", "combine")[: len(mine)]
-        return self._everyones(y, self._sizes([len(x)]), "tp", "tokens")
+        return self._everyones(y, self.sizes([len(x)]), "tp", "tokens")
 
     def _all_to_all(self, x: torch.Tensor, replicas: Sequence[int]) -> torch.Tensor:
-        sizes, mine = self._sizes(replicas), self._mine(x)
+        sizes, mine = self.sizes(replicas), self._mine(x)
         me, rows, k = self.mesh.index("ep"), max(sizes), self.moe.per_token
         experts, weights = self.router(mine)
         self._count(experts)
@@ -127,7 +128,7 @@ class MoE(nn.Module):
         goes = (self.owner[experts].unsqueeze(2) == torch.arange(self.ranks, device=x.device).view(-1, 1)).any(3)
         slots = self.slot[experts].view(-1, k)
         # The host's one look in this layer: how many rows go from each rank to each, and how many each expert here gets.
-        counts = torch.cat([goes.sum(1).flatten(), self._per_slot(slots)]).tolist()  # goes: (ep, rows, ep)
+        counts = self.look(torch.cat([goes.sum(1).flatten(), self._per_slot(slots)]))  # goes: (ep, rows, ep)
         table = [counts[i : i + self.ranks] for i in range(0, self.ranks**2, self.ranks)]
         send, receive = table[me], [row[me] for row in table]
         # My tokens by destination: of the table (ep, rows), read row by row, place `to * rows + token` is this token, for rank
@@ -139,14 +140,14 @@ class MoE(nn.Module):
         y = self.experts(arrived, *wanted, counts[self.ranks**2 :])
         back = self.comm.all_to_all(y, receive, send, "ep", "combine")
         summed = torch.zeros_like(mine).index_add_(0, sent, back)
-        return self._everyones(summed, self._sizes([len(x)]), "tp", "tokens")
+        return self._everyones(summed, self.sizes([len(x)]), "tp", "tokens")
 
     # -- what they share -----------------------------------------------------------------------------------------------
 
     def _compute(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the experts here add to every row of `x`."""
         slots = self.slot[experts]
-        return self.experts(x, slots, weights, self._per_slot(slots).tolist())
+        return self.experts(x, slots, weights, self.look(self._per_slot(slots)))
 
     def _per_slot(self, slots: torch.Tensor) -> torch.Tensor:
         return _histogram(slots, len(self.experts.held) + 1)[:-1]
@@ -159,7 +160,7 @@ class MoE(nn.Module):
         part = split.even(len(x), self.mesh.size("tp"))[self.mesh.tp_rank]
         return x[part.start : part.stop]
 
-    def _sizes(self, replicas: Sequence[int]) -> list[int]:
+    def sizes(self, replicas: Sequence[int]) -> list[int]:
         """Tokens of each rank of these replicas: its part of its replica's."""
         return [len(part) for tokens in replicas for part in split.even(tokens, self.mesh.size("tp"))]
 
