@@ -311,7 +311,9 @@ def test_sigterm_ends_a_busy_server_and_leaves_nothing_behind() -> None:
         with httpx.stream("POST", f"{it.url}/v1/completions", json={
             "model": "tiny-moe", "prompt": "The tide", "max_tokens": 250, "ignore_eos": True, "stream": True,
         }) as answer:  # fmt: skip
-            next(answer.iter_lines())
+            lines = answer.iter_lines()  # kept: without it the connection would be closed
+            next(lines)
+            assert 'running{model_name="tiny-moe"} 1.0' in httpx.get(f"{it.url}/metrics").text
             it.process.terminate()
             assert it.process.wait(20) == 0
         assert not psutil.wait_procs(everything, 10)[1]

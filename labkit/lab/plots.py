@@ -198,27 +198,23 @@ def throughput(
     return picture
 
 
-def requests(rows: Sequence[Mapping[str, float]]) -> Picture:
-    """Requests one below the other, each waiting, with its prompt computed, then decoding; and how many were in the batch.
+def requests(rows: Sequence[Mapping[str, float]], batch: Sequence[tuple[float, int]]) -> Picture:
+    """Requests one below the other: waiting, the prompt being computed, decoding. Below, how many were in the batch.
 
-    rows: `arrived`, `started` (first computed), `first` (token) and `ended` of each, in seconds.
+    rows: `arrived`, `started` (first computed), `first` (token) and `ended` of each, in seconds. batch: (seconds, count), asked
+    again and again.
     """
     kinds = {"waiting": ("arrived", "started", "white", ".."), "prompt": ("started", "first", "#E69F00", "//"),
              "decoding": ("first", "ended", "#56B4E9", "")}  # fmt: skip
-    moves = sorted([(row["started"], 1) for row in rows] + [(row["ended"], -1) for row in rows])
-    at, count, counts = [0.0], 0, [0]
-    for second, change in moves:
-        count += change
-        at, counts = [*at, second], [*counts, count]
     said = "; ".join(
         f"request {i}: came at {row['arrived']:.2f} s, " + ", ".join(
             f"{kind} {(row[stop] - row[start]) * 1e3:.0f} ms" for kind, (start, stop, _, _) in kinds.items()
         )
         for i, row in enumerate(rows)
     )  # fmt: skip
-    picture = Picture(f"Requests over time, at most {max(counts)} in the batch. {said}.", (9, 1.9 + 0.18 * len(rows)))
-    heights = {"height_ratios": [0.18 * len(rows), 1]}
-    bars, batch = picture.subplots(2, 1, sharex=True, gridspec_kw=heights)
+    most = max(count for _, count in batch)
+    picture = Picture(f"Requests over time, at most {most} in the batch. {said}.", (9, 1.9 + 0.18 * len(rows)))
+    bars, below = picture.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [0.18 * len(rows), 1]})
     for kind, (start, stop, colour, hatch) in kinds.items():
         bars.barh(
             range(len(rows)), [row[stop] - row[start] for row in rows], left=[row[start] for row in rows], height=0.7,
@@ -227,9 +223,9 @@ def requests(rows: Sequence[Mapping[str, float]]) -> Picture:
     bars.set(ylabel="request", yticks=range(0, len(rows), 5))
     bars.invert_yaxis()
     bars.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    batch.fill_between(at, counts, step="post", color="#999999")
-    batch.set(ylabel="in batch", xlabel="s", ylim=(0, None))
-    for ax in (bars, batch):
+    below.fill_between(*zip(*batch, strict=True), step="post", color="#999999")
+    below.set(ylabel="in batch", xlabel="s", ylim=(0, None), yticks=range(most + 1))
+    for ax in (bars, below):
         _bare(ax)
     return picture
 

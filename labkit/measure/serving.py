@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise, takewhile
 from typing import IO
 
@@ -141,7 +141,7 @@ async def _sweep(url: str, work: Work, rates: list[float], fractions: Sequence[f
             card = (await client.get("/v1/models")).raise_for_status().json()["data"][0]
             layout = card.get("layout", {})
             clients = card.get("max_num_seqs", 16) * layout.get("dp", 1)
-            await _busy(client, card["id"], work, 2, 2)  # to warm up
+            await _busy(client, card["id"], replace(work, output=(2, 2)), 2, 2)  # to warm up
             capacity = None
             if not rates:
                 capacity = await _busy(client, card["id"], work, clients, 3 * clients)

@@ -237,6 +237,8 @@ def run(
         listener.bind((host, port))  # a port that is taken is known before anything is loaded
         llm = AsyncLLM(model, **options)
         try:
+            if llm.llm.model.folder:
+                llm.llm.tokenizer  # noqa: B018  (takes a second, which no request shall wait for)
             listener.listen(1024)
             at = f"[{host}]" if ":" in host else host
             ready(f"http://{at}:{listener.getsockname()[1]}", llm.llm)
