@@ -275,6 +275,8 @@ def test_models_and_health(client: openai.OpenAI, served: Server) -> None:
     assert model.max_model_len == 256 and model.layout == {"tp": 2, "pp": 1, "dp": 1, "ep": 1}
     assert client.models.retrieve(MODEL) == model
     assert httpx.get(f"{served.url}/health").status_code == 200
+    listening = [c.laddr.ip for c in psutil.Process(served.process.pid).net_connections() if c.status == "LISTEN"]
+    assert listening == ["127.0.0.1"], "only this machine is let in"
 
 
 def processes_of(served: Server) -> list[psutil.Process]:
