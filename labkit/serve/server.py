@@ -28,7 +28,7 @@ from labkit.launch.local import RankError
 from labkit.serve.api import CHAT, TEXT, ChatBody, Sampled, Style, TextBody, error_body, explain, usage
 from labkit.serve.metrics import Metrics
 
-GOODBYE = 1  # seconds that requests get to end after SIGTERM or Ctrl-C
+GOODBYE = 3  # seconds that clients get to hear of the end, after SIGTERM or Ctrl-C
 CARD = ("layout", "hardware", "backend", "dtype", "threads_per_rank", "oversubscribed", "link", "ranks")  # of a report
 Outputs = AsyncGenerator[RequestOutput, None]
 Numbered = AsyncGenerator[tuple[int, RequestOutput], None]  # by prompt of a request
@@ -221,6 +221,21 @@ def _event(fields: dict[str, Any]) -> str:
     return f"data: {json.dumps(fields)}\n\n"
 
 
+class _Server(uvicorn.Server):
+    """On its way out it first ends the engine, so that every request gets an answer: that there will be none."""
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        config = uvicorn.Config(
+            application(llm), lifespan="off", log_level="warning", timeout_graceful_shutdown=GOODBYE
+        )
+        super().__init__(config)
+        self.llm = llm
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.llm.close()
+        await super().shutdown(sockets)
+
+
 def run(
     model: str, *, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str, LLM], None], **options: Any
 ) -> None:
@@ -242,10 +257,7 @@ def run(
             listener.listen(1024)
             at = f"[{host}]" if ":" in host else host
             ready(f"http://{at}:{listener.getsockname()[1]}", llm.llm)
-            config = uvicorn.Config(
-                application(llm), lifespan="off", log_level="warning", timeout_graceful_shutdown=GOODBYE
-            )
-            uvicorn.Server(config).run(sockets=[listener])
+            _Server(llm).run(sockets=[listener])
         except KeyboardInterrupt:
             pass
         finally:
