@@ -23,6 +23,7 @@ COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _GREYS = ("#555555", "#aaaaaa", "#dddddd")  # terms of a sum aren't ranks
+_TERMS = tuple((grey, hatch) for hatch in ("", "///", "...") for grey in ("#777777", "#bbbbbb", "#eeeeee"))
 
 
 class Picture(Figure):
@@ -84,6 +85,24 @@ def memory(bytes_by_rank: Mapping[str, Sequence[float]], title: str = "Weights p
     ax.set(title=title, ylabel="MB (1e6 bytes)", xticks=middles, xticklabels=list(bytes_by_rank))
     ax.margins(y=0.12)
     _bare(ax)
+    return picture
+
+
+def footprint(
+    parts: Mapping[str, Mapping[str, float]], room: float, title: str = "Memory of the fullest GPU"
+) -> Picture:
+    """What a GPU must hold, in GB: for each layout its parts side by side, against the `room` that there is (dashed)."""
+    said = "; ".join(
+        f"{name}: {_sum(own, 'GB')}, {'fits' if sum(own.values()) <= room else 'does not fit'}"
+        for name, own in parts.items()
+    )
+    picture = Picture(f"{title}, of {room:.1f} GB that can be used. {said}.", (8, 1.1 + 0.34 * len(parts)))
+    ax = picture.subplots()
+    _stacked(ax, parts, "GB")
+    _room(ax, room)
+    ax.set_title(title, pad=18)
+    ax.set_xlabel("GB (1e9 bytes)")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return picture
 
 
@@ -380,6 +399,37 @@ def byte_matrix(sent: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
         ax.set(title=f"{what}, kB", xlabel="to rank", ylabel="from rank", yticks=range(ranks))
         ax.title.set_fontsize(9)
     return picture
+
+
+def _sum(terms: Mapping[str, float], unit: str) -> str:
+    return f"{sum(terms.values()):.3g} {unit} (" + ", ".join(f"{name} {size:.3g}" for name, size in terms.items()) + ")"
+
+
+def _stacked(ax: Axes, bars: Mapping[str, Mapping[str, float]], unit: str) -> None:
+    """Bars from left to right, one below the other, each a sum of terms; a term looks the same in all of them."""
+    terms = list(dict.fromkeys(term for own in bars.values() for term in own))
+    base = [0.0] * len(bars)
+    for i, term in enumerate(terms):
+        grey, hatch = _TERMS[i % len(_TERMS)]
+        sizes = [own.get(term, 0.0) for own in bars.values()]
+        ax.barh(
+            range(len(bars)), sizes, left=base, height=0.7, label=term, facecolor=grey, hatch=hatch,
+            edgecolor="black", linewidth=0.6,
+        )  # fmt: skip
+        base = [b + size for b, size in zip(base, sizes, strict=True)]
+    for row, end in enumerate(base):
+        ax.annotate(
+            f"{end:.3g} {unit}", (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8, zorder=4
+        )
+    ax.set_yticks(range(len(bars)), list(bars))
+    ax.set_ylim(len(bars) - 0.4, -0.6)
+    ax.margins(x=0.15)
+    _bare(ax)
+
+
+def _room(ax: Axes, room: float) -> None:
+    ax.axvline(room, color="#D55E00", linestyle="--", linewidth=1.5, zorder=3)
+    ax.annotate(f"room: {room:.0f} GB", (room, -0.6), fontsize=8, ha="center", va="bottom", color="#D55E00")
 
 
 def _heat_map(ax: Axes, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], top: float) -> AxesImage:
