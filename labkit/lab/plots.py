@@ -67,6 +67,32 @@ def owners(shares: Mapping[str, Sequence[range]]) -> Picture:
     return picture
 
 
+def grid(ranks: Sequence[Mapping[str, Any]]) -> Picture:
+    """Who stands where and holds what (`report["ranks"]`, of one replica): a row for each stage, a column for each shard."""
+    held = [
+        (
+            r["place"]["pp"],
+            r["place"]["tp"],
+            f"rank {r['rank']}",
+            f"{r['layers']} layers, {r['weights_bytes'] / 1e6:.0f} MB",
+        )
+        for r in ranks
+    ]
+    said = "; ".join(f"stage {pp}, shard {tp}: {rank}, {what}" for pp, tp, rank, what in held)
+    stages, shards = max(pp for pp, *_ in held) + 1, max(tp for _, tp, *_ in held) + 1
+    picture = Picture(f"The grid of ranks. {said}.", (1.2 + 1.9 * shards, 0.7 + 0.6 * stages))
+    ax = picture.subplots()
+    for r, (pp, tp, rank, what) in zip(ranks, held, strict=True):
+        ax.add_patch(Rectangle((tp - 0.45, pp - 0.4), 0.9, 0.8, **_style(r["rank"])))
+        ax.text(tp, pp, f"{rank}\n{what}", fontsize=8, ha="center", va="center", bbox=_PLATE)
+    ax.set(xlim=(-0.5, shards - 0.5), ylim=(stages - 0.5, -0.5), xticks=range(shards), yticks=range(stages))
+    ax.set_yticklabels([f"stage {stage}" for stage in range(stages)])
+    ax.set_xticklabels([f"shard {shard}" for shard in range(shards)])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return picture
+
+
 def memory(bytes_by_rank: Mapping[str, Sequence[float]], title: str = "Weights per rank") -> Picture:
     """Bars of bytes for each rank, grouped by layout."""
     said = "; ".join(f"{name}: " + ", ".join(f"{b / 1e6:.1f}" for b in sizes) for name, sizes in bytes_by_rank.items())
@@ -102,6 +128,17 @@ def footprint(
     _room(ax, room)
     ax.set_title(title, pad=18)
     ax.set_xlabel("GB (1e9 bytes)")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+def terms(ms: Mapping[str, Mapping[str, float]], title: str) -> Picture:
+    """Milliseconds, for each layout the terms that make them up side by side."""
+    said = "; ".join(f"{name}: {_sum(own, 'ms')}" for name, own in ms.items())
+    picture = Picture(f"{title}. {said}.", (8, 1.0 + 0.34 * len(ms)))
+    ax = picture.subplots()
+    _stacked(ax, ms, "ms")
+    ax.set(title=title, xlabel="ms")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return picture
 
