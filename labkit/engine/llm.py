@@ -29,6 +29,7 @@ from labkit.parallel.overlap import MODES
 
 MEASURE_THE_LINK = "measure the link"  # messages to the ranks
 LIVE = "live"  # from now on, requests come one by one
+HANG = 10.0  # seconds that a rank may neither wait for another nor compute
 Prompt = str | list[int] | dict[str, list[int]]
 
 
@@ -252,6 +253,7 @@ class LLM:
             args=(self.model, self.options),
             layout=self.layout,
             threads=self.threads,
+            hang_timeout=HANG,
             **self._between,
         )
         ready = dict(group.receive() for _ in range(self.layout.world))

@@ -47,3 +47,6 @@ class Board:
         """One for each rank."""
         slots = _SLOT.iter_unpack(self._map)
         return [Doing(n, at, waiting, raw.rstrip(b"\0").decode(errors="replace")) for n, at, waiting, raw in slots]
+
+    def close(self) -> None:
+        self._map.close()

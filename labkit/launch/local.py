@@ -22,9 +22,10 @@ from collections.abc import Callable, Container, Iterator
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
+import psutil
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from labkit.comm import Comm
@@ -40,6 +41,8 @@ __all__ = ["RankError", "RankGroup", "in_torchrun", "join_torchrun", "oversubscr
 PRELOAD = ["labkit.launch.rank", "labkit.engine.llm"]  # what ranks find imported; nothing here may touch CUDA
 EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lost its peer
 GRACE = 0.5  # seconds that ranks get to end by themselves; after SIGTERM they get more, a busy machine is slow
+LOOK = 1.0  # seconds between two looks at ranks that may hang
+IDLE = 0.02  # a rank that uses less than this part of a core does not compute
 _NOT_THE_USERS = (
     "/labkit/launch/",
     "/labkit/lab/",
@@ -55,7 +58,7 @@ class RankError(RuntimeError):
 
     Attributes:
         rank: the first rank that failed, None if none did (the time was up).
-        how: "raised", "killed", "exited", or "timeout".
+        how: "raised", "killed", "exited", "hung", or "timeout".
         kind: the name of the exception's class, where one was raised.
     """
 
@@ -78,6 +81,7 @@ class RankGroup:
         ranks: how many. layout: their grid (default: one tensor-parallel group).
         threads: torch threads of each (default: the cores shared out). Each is pinned to cores of its own if these suffice.
         collective_timeout: seconds that an operation between ranks may wait. start_timeout: that ranks may need to be up.
+        hang_timeout: that a rank may be stopped, or neither wait for anybody nor compute (default: as long as it likes).
         meter: count operations. shared_memory: use it between the ranks, not sockets alone.
         overlap: operations are to go on while the ranks compute.
         link: one to emulate between CPU ranks, as "1gbit": by the kernel, or where it refuses, or LABKIT_LINKS=software is set,
@@ -100,6 +104,7 @@ class RankGroup:
         threads: int | None = None,
         collective_timeout: float = 10.0,
         start_timeout: float = 60.0,
+        hang_timeout: float | None = None,
         meter: bool = True,
         shared_memory: bool = True,
         overlap: bool = False,
@@ -116,7 +121,9 @@ class RankGroup:
             raise TypeError(f"{fn!r} and its arguments cannot be sent to ranks: {error}") from error
         link = Link.parse(link) if isinstance(link, str) else link
         network, self.link_label = _emulate(link, ranks)
-        self.ranks = ranks
+        self.ranks, self._hang_timeout = ranks, hang_timeout
+        self._still: dict[int, _Still] = {}
+        self._looked = 0.0
         self._inbox: deque[tuple[int, Any]] = deque()
         self._up: set[int] = set()
         self._done: set[int] = set()
@@ -135,7 +142,7 @@ class RankGroup:
         theirs = [there for _, there in pipes]
         self._processes: list[Any] = []
         # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
-        resources = (self._processes, [here for here, _ in pipes], self._folder, network)
+        resources = (self._processes, [here for here, _ in pipes], self._folder, self._board, network)
         self._end = util.Finalize(self, _end, resources, exitpriority=100)
         try:
             with _without_main():
@@ -196,9 +203,11 @@ class RankGroup:
                 if left is not None and left <= 0:
                     text = self._tell(f"{late}:", self._board.read(), time.monotonic())
                     raise RankError(text, how="timeout") from TimeoutError(late)
-                self._listen(left)
+                self._listen(left if self._hang_timeout is None else min(LOOK, left or LOOK))
                 if self._failures:
                     raise self._diagnose()
+                if self._hang_timeout is not None:
+                    self._look(self._hang_timeout)
         except BaseException:
             self._end()
             raise
@@ -241,6 +250,32 @@ class RankGroup:
                 self._done.add(rank)
             case "failed":
                 self._failures[rank] = value
+
+    def _look(self, limit: float) -> None:
+        """Raises if a rank hangs: if others wait for it, that would show only when they give up, which may be much later."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        if now - self._looked > 3 * LOOK:  # nobody looked: what was seen before says nothing about the time between
+            self._still.clear()
+        self._looked = now
+        doings = self._board.read()
+        for rank, pid in enumerate(self.pids):
+            try:
+                process = psutil.Process(pid)
+                status, used = process.status(), sum(process.cpu_times()[:2])
+            except psutil.Error:  # it has just ended
+                continue
+            stopped, since = status == psutil.STATUS_STOPPED, doings[rank].since
+            excused = doings[rank].waiting or status in (psutil.STATUS_DISK_SLEEP, psutil.STATUS_TRACING_STOP)
+            still = self._still.get(rank, _Still(now, since, used))
+            if used - still.used > IDLE * (now - still.at) or since != still.since or (excused and not stopped):
+                still = _Still(now, since, used)
+            elif now - still.at >= limit and (stopped or rank in self._up):
+                did = "has been stopped (SIGSTOP)" if stopped else "has neither waited for another rank nor computed"
+                text = f"rank {rank} of {self.ranks} hangs: for {now - still.at:.0f} s it {did}:"
+                raise RankError(self._tell(text, doings, now), rank, "hung")
+            self._still[rank] = still
 
     # -- explaining ----------------------------------------------------------------------------------------------------
 
@@ -307,6 +342,14 @@ class RankGroup:
         while not file.exists() or (not file.stat().st_size and time.monotonic() < deadline):
             time.sleep(0.01)
         return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', file.read_text(errors="replace")))
+
+
+class _Still(NamedTuple):
+    """A rank that has done nothing since `at` (time.monotonic()): what its board said then, and its processor time, in seconds."""
+
+    at: float
+    since: float
+    used: float
 
 
 def _at(frames: tuple[Frame, ...], lead: str = "\n  ") -> str:
@@ -395,12 +438,14 @@ def _emulate(link: Link | None, ranks: int) -> tuple[Network | None, str]:
         return None, f"{link.label}, software-emulated ({error})"
 
 
-def _end(processes: list[Any], links: list[Connection], folder: Path, network: Network | None) -> None:
+def _end(processes: list[Any], links: list[Connection], folder: Path, board: Board, network: Network | None) -> None:
     """Ends ranks whatever they are doing. Closing their pipes alone does it, unless something holds the GIL."""
     for link in links:
         link.close()
     for process in processes:
         process.terminate()
+        with contextlib.suppress(OSError):  # one that is stopped does not end before it goes on
+            os.kill(process.pid, signal.SIGCONT)
     context = ProcessContext(processes, [""] * len(processes))
     with contextlib.suppress(ProcessException):
         while not context.join(grace_period=10 * GRACE):
@@ -409,4 +454,5 @@ def _end(processes: list[Any], links: list[Connection], folder: Path, network: N
         process.close()
     if network:
         network.close()
+    board.close()
     shutil.rmtree(folder, ignore_errors=True)
