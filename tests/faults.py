@@ -1,4 +1,4 @@
-"""Faults that strike one rank of a real engine, once, at a moment that is named. Nothing is imitated: ranks do die, stop, disagree."""
+"""Faults that strike one rank of a real engine, once, at a named moment. Nothing is imitated: ranks do die, stop, disagree."""
 
 import ctypes
 import os
@@ -67,8 +67,8 @@ def off_the_network(comm: Comm | None) -> None:
 
 @dataclass(frozen=True)
 class Faulty(Model):
-    """A model that is fine, but for `fault`, which strikes `rank` while it loads (`when` "load"), or in its third step of "prefill"
-    or "decode". `mark`: a file that tells that it has."""
+    """A model that is fine, but for `fault`. It strikes `rank` once: while it loads (`when` "load"), or in its third step of
+    "prefill" or "decode". `mark`: a file that tells that it has."""
 
     fault: Fault
     rank: int

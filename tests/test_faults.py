@@ -57,6 +57,7 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list
 
 
 KILLED = r"rank {rank} of 2 was killed by SIGKILL"
+HANGS = r"rank {rank} of 2 hangs: for \d+ s it has"
 TABLE = [
     # fault, when, what is said, seconds
     (faults.killed, "load", KILLED, 5),
@@ -69,9 +70,9 @@ TABLE = [
     (faults.raising, "decode", "rank {rank} of 2 raised ZeroDivisionError: the one cause", 5),
     (faults.out_of_memory, "load", r"rank {rank} of 2 raised RuntimeError: .*allocate memory", 5),
     (faults.out_of_memory, "decode", r"rank {rank} of 2 raised RuntimeError: .*allocate memory", 5),
-    (faults.stopped, "load", r"rank {rank} of 2 hangs: for 1\d s it has been stopped \(SIGSTOP\)", 15),
-    (faults.stopped, "decode", r"rank {rank} of 2 hangs: for 1\d s it has been stopped \(SIGSTOP\)", 15),
-    (faults.silent, "prefill", "rank {rank} of 2 hangs: .* neither waited for another rank nor computed", 15),
+    (faults.stopped, "load", HANGS + r" been stopped \(SIGSTOP\)", 15),
+    (faults.stopped, "decode", HANGS + r" been stopped \(SIGSTOP\)", 15),
+    (faults.silent, "prefill", HANGS + " neither waited for another rank nor computed", 15),
 ]
 LAYOUTS = [{"tp": 2}, {"pp": 2}]
 
@@ -95,6 +96,8 @@ def test_a_rank_at_fault_is_named_in_time_and_the_next_call_works(
     found = find(model)
     faulty = faults.Faulty(found.name, found.config, found.folder, fault, rank, when, tmp_path / "struck")
     monkeypatch.setattr(llm_module, "find", lambda name: faulty)
+    if fault is not faults.silent:  # one case is enough that waits as long as a user would
+        monkeypatch.setattr(llm_module, "HANG", 2)
     began = time.monotonic()
     if when == "load":
         with pytest.raises(RankError, match=said) as caught:
@@ -108,3 +111,37 @@ def test_a_rank_at_fault_is_named_in_time_and_the_next_call_works(
     assert caught.value.rank == rank and (tmp_path / "struck").exists()
     assert tokens(llm) == expected
     llm.close()
+
+
+DEADLOCKS = [
+    # fault, degrees, options, what is said
+    (
+        faults.disagreeing,
+        {"tp": 2},
+        {},
+        "all_reduce of embedding.*rank 1 is in another operation: all_gather of 20 bytes",
+    ),
+    (faults.disagreeing, {"pp": 2}, {}, "for each other for . s:(.|\n)*broadcast of ids(.|\n)*all_gather of another"),
+    (faults.disagreeing, {"tp": 2}, {"shared_memory": False}, "for each other for . s:(.|\n)*all_reduce of embedding"),
+    (faults.off_the_network, {"tp": 2}, {"link": "1gbit"}, "for each other for . s:(.|\n)*all_reduce of embedding"),
+]
+
+
+@pytest.mark.parametrize(("fault", "degrees", "options", "said"), DEADLOCKS, ids=lambda x: getattr(x, "__name__", ""))
+@pytest.mark.usefixtures("nothing_left")
+def test_ranks_that_wait_for_each_other_are_found_and_the_next_call_works(
+    fault: faults.Fault, degrees: dict[str, int], options: dict[str, Any], said: str,
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+) -> None:  # fmt: skip
+    found = find(model)
+    faulty = faults.Faulty(found.name, found.config, found.folder, fault, 1, "decode", tmp_path / "struck")
+    monkeypatch.setattr(llm_module, "find", lambda name: faulty)
+    monkeypatch.setattr(llm_module, "HANG", 2)
+    with llm_of(model, degrees, **OPTIONS, **options) as llm:
+        if "software" in ((llm.report()["link"] or {}).get("label", "")):
+            pytest.skip(llm.report()["link"]["label"])
+        began = time.monotonic()
+        with pytest.raises(RankError, match=said):
+            tokens(llm)
+        assert time.monotonic() - began < 8
+        assert tokens(llm) == expected

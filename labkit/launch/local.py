@@ -43,6 +43,7 @@ EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lo
 GRACE = 0.5  # seconds that ranks get to end by themselves; after SIGTERM they get more, a busy machine is slow
 LOOK = 1.0  # seconds between two looks at ranks that may hang
 IDLE = 0.02  # a rank that uses less than this part of a core does not compute
+TRICKLE = 1000  # bytes per second that say no more than that a link is there: the slowest one carries 125,000
 _NOT_THE_USERS = (
     "/labkit/launch/",
     "/labkit/lab/",
@@ -81,7 +82,8 @@ class RankGroup:
         ranks: how many. layout: their grid (default: one tensor-parallel group).
         threads: torch threads of each (default: the cores shared out). Each is pinned to cores of its own if these suffice.
         collective_timeout: seconds that an operation between ranks may wait. start_timeout: that ranks may need to be up.
-        hang_timeout: that a rank may be stopped, or neither wait for anybody nor compute (default: as long as it likes).
+        hang_timeout: that a rank may be stopped, or neither wait for anybody nor compute, or that all may wait for each other
+            (default: as long as they like).
         meter: count operations. shared_memory: use it between the ranks, not sockets alone.
         overlap: operations are to go on while the ranks compute.
         link: one to emulate between CPU ranks, as "1gbit": by the kernel, or where it refuses, or LABKIT_LINKS=software is set,
@@ -123,6 +125,8 @@ class RankGroup:
         network, self.link_label = _emulate(link, ranks)
         self.ranks, self._hang_timeout = ranks, hang_timeout
         self._still: dict[int, _Still] = {}
+        self._deadlock: tuple[float, list[float], int] | None = None  # seen when, all waiting since, bytes received
+        self._network, self._delayed = network, link is not None and network is None
         self._looked = 0.0
         self._inbox: deque[tuple[int, Any]] = deque()
         self._up: set[int] = set()
@@ -258,6 +262,7 @@ class RankGroup:
             return
         if now - self._looked > 3 * LOOK:  # nobody looked: what was seen before says nothing about the time between
             self._still.clear()
+            self._deadlock = None
         self._looked = now
         doings = self._board.read()
         for rank, pid in enumerate(self.pids):
@@ -276,6 +281,27 @@ class RankGroup:
                 text = f"rank {rank} of {self.ranks} hangs: for {now - still.at:.0f} s it {did}:"
                 raise RankError(self._tell(text, doings, now), rank, "hung")
             self._still[rank] = still
+        waiting = [doing for rank, doing in enumerate(doings) if rank not in self._done]
+        if self._delayed or not all(doing.waiting and doing.number for doing in waiting):
+            self._deadlock = None
+            return
+        sinces, received = [doing.since for doing in waiting], self._received()
+        began, before, then = self._deadlock or (now, sinces, received)
+        if sinces != before or received - then > TRICKLE * (now - began):
+            began, then = now, received
+        elif now - began >= limit:
+            text = f"ranks have waited for each other for {now - began:.0f} s:"
+            raise RankError(self._tell(text, doings, now), how="hung")
+        self._deadlock = began, sinces, then
+
+    def _received(self) -> int:
+        """Bytes that have come over an emulated link, on all ranks together."""
+        total = 0
+        for pid in self.pids if self._network else ():
+            with contextlib.suppress(OSError):  # it has just ended
+                lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
+                total += sum(int(line.split(":")[1].split()[0]) for line in lines if "eth0:" in line)
+        return total
 
     # -- explaining ----------------------------------------------------------------------------------------------------
 
@@ -345,7 +371,7 @@ class RankGroup:
 
 
 class _Still(NamedTuple):
-    """A rank that has done nothing since `at` (time.monotonic()): what its board said then, and its processor time, in seconds."""
+    """A rank that has done nothing since `at` (time.monotonic()): what its board said then; seconds of a core it had used."""
 
     at: float
     since: float
