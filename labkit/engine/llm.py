@@ -5,6 +5,7 @@ rank and runs in place, on every rank alike. It turns text into ids and back, an
 """
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -130,6 +131,7 @@ class LLM:
         }
         link = Link.parse(link) if isinstance(link, str) else link
         self._group: RankGroup | None = None
+        self._idle = True  # the ranks have said all that they were asked
         self._engine: Engine | None = None
         self._tokens: list[list[Token]] = []
         self._rank_reports: list[dict[str, Any]] = []
@@ -240,6 +242,8 @@ class LLM:
         """The running ranks; starts them where there are none."""
         if self._engine:
             raise ValueError("under torchrun ranks run in place: there is nobody to send them messages")
+        if not self._idle:  # an interrupt came before they could be closed, or a stream was left open
+            self.close()
         return self._group or self._start()
 
     def take_reports(self, message: dict[str, Any]) -> None:
@@ -264,7 +268,7 @@ class LLM:
                 group.send(MEASURE_THE_LINK)
                 rate = group.receive()[1]
             self._link = {"label": group.link_label, "asked_gbit_per_s": link.gbit_per_s, "measured_gbit_per_s": rate}
-        self._group = group
+        self._group, self._idle = group, True
         return group
 
     def _run(self, requests: list[Request]) -> Iterator[list[Token]]:
@@ -275,10 +279,10 @@ class LLM:
             yield step.tokens
 
     def _run_on_ranks(self, requests: list[Request]) -> Iterator[Progress]:
-        group = self.ranks()
-        finished = False
+        group, self._idle = self.ranks(), False
         try:
-            group.send(requests)
+            # A rank that has been stopped takes no message that is longer than a pipe. That it has shows below.
+            threading.Thread(target=group.send, args=(requests,), daemon=True).start()
             replicas = self.layout.dp
             while replicas:
                 _, message = group.receive()
@@ -287,9 +291,9 @@ class LLM:
                 else:
                     replicas -= 1
                     self.take_reports(message)
-            finished = True
+            self._idle = True
         finally:
-            if not finished:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use
+            if not self._idle:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use
                 self.close()
 
     def _run_in_place(self, engine: Engine, requests: list[Request]) -> Iterator[Progress]:

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections import deque
@@ -40,7 +41,7 @@ __all__ = ["RankError", "RankGroup", "in_torchrun", "join_torchrun", "oversubscr
 
 PRELOAD = ["labkit.launch.rank", "labkit.engine.llm"]  # what ranks find imported; nothing here may touch CUDA
 EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lost its peer
-GRACE = 0.5  # seconds that ranks get to end by themselves; after SIGTERM they get more, a busy machine is slow
+GRACE = 0.5  # seconds that ranks get to end by themselves
 LOOK = 1.0  # seconds between two looks at ranks that may hang
 IDLE = 0.02  # a rank that uses less than this part of a core does not compute
 TRICKLE = 1000  # bytes per second that say no more than that a link is there: the slowest one carries 125,000
@@ -132,31 +133,37 @@ class RankGroup:
         self._up: set[int] = set()
         self._done: set[int] = set()
         self._failures: dict[int, Failure] = {}  # in the order in which they became known
-        self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
-        self._board = Board(self._folder / "board", ranks)
         wiring = Wiring(
             layout, threads or threads_per_rank(ranks), core_ids(), collective_timeout, start_timeout, meter,
             shared_memory, overlap, link, [network.where(rank) for rank in range(ranks)] if network else None,
         )  # fmt: skip
         environ = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
         sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-        job = Job(work, wiring, self._folder, environ, sources)
-        pipes = [multiprocessing.Pipe() for _ in range(ranks)]
-        self._links: dict[int, Connection] = {rank: here for rank, (here, _) in enumerate(pipes)}
-        theirs = [there for _, there in pipes]
         self._processes: list[Any] = []
-        # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
-        resources = (self._processes, [here for here, _ in pipes], self._folder, self._board, network)
-        self._end = util.Finalize(self, _end, resources, exitpriority=100)
+        ours: list[Connection] = []
+        files: list[Any] = [network] if network else []
+        with _unbroken():
+            self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
+            # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
+            resources = (self._processes, ours, files, self._folder)
+            self._finalizer = util.Finalize(self, _end, resources, exitpriority=100)
         try:
-            with _without_main():
-                multiprocessing.set_forkserver_preload(PRELOAD)
-                context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
-            for their in theirs:
-                their.close()
-            self._processes += context.processes
-            self.pids = context.pids()
-            self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
+            with _unbroken():
+                self._board = Board(self._folder / "board", ranks)
+                files.append(self._board)
+                pipes = [multiprocessing.Pipe() for _ in range(ranks)]
+                ours += [here for here, _ in pipes]
+                theirs = [there for _, there in pipes]
+                self._links = dict(enumerate(ours))
+                job = Job(work, wiring, self._folder, environ, sources)
+                with _without_main():
+                    multiprocessing.set_forkserver_preload(PRELOAD)
+                    context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
+                for their in theirs:
+                    their.close()
+                self._processes += context.processes
+                self.pids = context.pids()
+                self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
             self._until(lambda: len(self._up) == ranks, start_timeout, f"not all ranks up after {start_timeout:g} s")
         except BaseException:
             self._end()
@@ -176,12 +183,12 @@ class RankGroup:
 
     def close(self) -> None:
         """Ends the ranks; when it returns nothing of them is left."""
-        if not self._end.still_active():
+        if not self._finalizer.still_active():
             return
-        for link in self._links.values():
-            with contextlib.suppress(OSError):
-                link.send_bytes(b"")
         try:
+            for link in self._links.values():
+                with contextlib.suppress(OSError):
+                    link.send_bytes(b"")
             deadline = time.monotonic() + GRACE
             while self._sentinels and time.monotonic() < deadline:
                 self._listen(deadline - time.monotonic())
@@ -194,11 +201,15 @@ class RankGroup:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _end(self) -> None:
+        with _unbroken():
+            self._finalizer()
+
     # -- watching ------------------------------------------------------------------------------------------------------
 
     def _until(self, enough: Callable[[], bool], timeout: float | None, late: str) -> None:
         """Takes in what ranks say until `enough()`. Whatever goes wrong meanwhile, no rank survives it."""
-        if not self._end.still_active():
+        if not self._finalizer.still_active():
             raise ValueError("this group of ranks is closed")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
@@ -464,21 +475,41 @@ def _emulate(link: Link | None, ranks: int) -> tuple[Network | None, str]:
         return None, f"{link.label}, software-emulated ({error})"
 
 
-def _end(processes: list[Any], links: list[Connection], folder: Path, board: Board, network: Network | None) -> None:
-    """Ends ranks whatever they are doing. Closing their pipes alone does it, unless something holds the GIL."""
-    for link in links:
-        link.close()
-    for process in processes:
-        process.terminate()
-        with contextlib.suppress(OSError):  # one that is stopped does not end before it goes on
-            os.kill(process.pid, signal.SIGCONT)
-    context = ProcessContext(processes, [""] * len(processes))
-    with contextlib.suppress(ProcessException):
-        while not context.join(grace_period=10 * GRACE):
-            pass
-    for process in processes:
-        process.close()
-    if network:
-        network.close()
-    board.close()
-    shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def _unbroken() -> Iterator[None]:
+    """Puts off Ctrl-C until the end of what must not stay half done. A second one does not wait."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[Any] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        caught.append(frame)
+        if len(caught) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if len(caught) == 1:
+            handler(signal.SIGINT, caught[0])
+
+
+def _end(processes: list[Any], links: list[Connection], files: list[Any], folder: Path) -> None:
+    """Ends ranks whatever they are doing. Those whose fork server has ended do so when their pipes close.
+
+    Only then are pipes closed: another thread may be writing to one, and would write into what next has its number.
+    """
+    with _unbroken():
+        for process in processes:
+            process.kill()
+        context = ProcessContext(processes, [""] * len(processes))
+        with contextlib.suppress(ProcessException):
+            while not context.join(grace_period=10 * GRACE):
+                pass
+        for each in (*processes, *links, *files):
+            each.close()
+        shutil.rmtree(folder, ignore_errors=True)
