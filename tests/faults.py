@@ -68,16 +68,18 @@ def off_the_network(comm: Comm | None) -> None:
 @dataclass(frozen=True)
 class Faulty(Model):
     """A model that is fine, but for `fault`. It strikes `rank` once: while it loads (`when` "load"), or in its third step of
-    "prefill" or "decode". `mark`: a file that tells that it has."""
+    "prefill" or "decode". `mark`: a file that tells that it has; with `always`, a folder of files that tell of each time.
+    """
 
     fault: Fault
     rank: int
     when: str
     mark: Path
+    always: bool = False
 
     def weights(self, seed: int) -> Weights:
         weights = super().weights(seed)
-        if dist.get_rank() != self.rank or self.mark.exists():
+        if dist.get_rank() != self.rank or (self.mark.exists() and not self.always):
             return weights
         if self.when == "load":
             return _Trap(weights, self.strike)
@@ -94,9 +96,13 @@ class Faulty(Model):
         return weights
 
     def strike(self, comm: Comm | None) -> None:
-        if not self.mark.exists():
+        if self.always:
+            (self.mark / str(os.getpid())).touch()
+        elif self.mark.exists():
+            return
+        else:
             self.mark.touch()
-            self.fault(comm)
+        self.fault(comm)
 
 
 class _Trap:

@@ -1,14 +1,22 @@
 """A table of faults. Each strikes a rank of a running engine, and ends in one clear error, in time, with nothing left behind."""
 
+import asyncio
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import faults
 import psutil
 import pytest
+from test_async_llm import engine, last
 from test_batching import llm_of, model
 from test_launch import ranks_alive
 
@@ -145,3 +153,97 @@ def test_ranks_that_wait_for_each_other_are_found_and_the_next_call_works(
             tokens(llm)
         assert time.monotonic() - began < 8
         assert tokens(llm) == expected
+
+
+def test_an_interrupt_at_any_of_50_moments_leaves_nothing_and_the_next_call_works(model: str, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("interrupted.py")
+    command = [sys.executable, str(script), model, "50", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("all well\n") and int(done.stdout.split()[1].rstrip(",")) > 20
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_hundred_engines_come_and_go(model: str, expected: list[list[int]]) -> None:
+    process, sizes = psutil.Process(), []
+    for number in range(100):
+        with llm_of(model, LAYOUTS[number % 2], **OPTIONS) as llm:
+            if number % 10 == 0:
+                assert tokens(llm) == expected
+        sizes.append(process.memory_info().rss)
+    assert sizes[-1] - sizes[20] < 4e6, "the process grows by more than 50 kB for each engine"
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_two_engines_at_once_do_not_meet(model: str, expected: list[list[int]]) -> None:
+    with llm_of(model, {"tp": 2}) as one, llm_of(model, {"pp": 2}) as other, ThreadPoolExecutor() as pool:
+        for _ in range(3):
+            assert [*pool.map(tokens, [one, other])] == [expected] * 2
+        os.kill(other.ranks().pids[0], signal.SIGKILL)
+        running = pool.submit(tokens, one)
+        with pytest.raises(RankError, match="rank 0 of 2 was killed"):
+            tokens(other)
+        assert running.result() == expected
+
+
+# -- going on where ranks have failed ------------------------------------------------------------------------------------
+
+STRIKES = [
+    # fault, degrees, rank, when
+    (faults.killed, {"tp": 2}, 1, "decode"),
+    (faults.killed, {"pp": 2}, 0, "prefill"),
+    (faults.raising, {"pp": 2}, 1, "decode"),
+    (faults.leaving, {"dp": 2}, 1, "decode"),
+]
+
+
+@pytest.mark.parametrize(("fault", "degrees", "rank", "when"), STRIKES, ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("live", [False, True], ids=["LLM", "AsyncLLM"])
+@pytest.mark.usefixtures("nothing_left")
+def test_with_restart_every_request_gets_what_it_would_have_got(
+    fault: faults.Fault, degrees: dict[str, int], rank: int, when: str, live: bool,
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]],
+) -> None:  # fmt: skip
+    found = find(model)
+    faulty = faults.Faulty(found.name, found.config, found.folder, fault, rank, when, tmp_path / "struck")
+    monkeypatch.setattr(llm_module, "find", lambda name: faulty)
+
+    async def served() -> list[list[int]]:
+        async with engine(model, degrees, restart=True, **OPTIONS) as llm:
+            outputs = await asyncio.gather(*(last(llm.generate(prompt, PARAMS)) for prompt in PROMPTS))
+            assert llm.stats()["restarts"] == 1 and llm.failed is None
+            assert sum(len(o.outputs[0].token_ids) for o in outputs) == llm.stats()["generation_tokens"]
+        return [o.outputs[0].token_ids for o in outputs]
+
+    if live:
+        assert asyncio.run(asyncio.wait_for(served(), 60)) == expected
+    else:
+        with llm_of(model, degrees, restart=True, **OPTIONS) as llm:
+            began = time.perf_counter()
+            outputs = llm.generate(PROMPTS, PARAMS)
+            took, report = time.perf_counter() - began, llm.report()
+        assert [o.outputs[0].token_ids for o in outputs] == expected
+        assert report["restarts"] == 1
+        # Time counts from the beginning, not from the restart.
+        assert max(o.metrics.ttft_s + (o.metrics.tpot_s or 0) * 23 for o in outputs) == pytest.approx(took, abs=0.3)
+    assert (tmp_path / "struck").exists()
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_what_there_was_comes_with_the_error_and_a_fault_that_comes_back_is_given_up(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
+) -> None:
+    found = find(model)
+    for restart, marks in ((False, 1), (True, 4)):
+        folder = tmp_path / str(restart)
+        folder.mkdir()
+        faulty = faults.Faulty(found.name, found.config, found.folder, faults.killed, 1, "decode", folder, always=True)
+        monkeypatch.setattr(llm_module, "find", lambda name, faulty=faulty: faulty)
+        llm = llm_of(model, {"tp": 2}, restart=restart, **OPTIONS)
+        with pytest.raises(RankError, match="rank 1 of 2 was killed") as caught:
+            llm.generate(PROMPTS, replace(PARAMS, max_tokens=200))  # too many for any to be finished in between
+        assert len(list(folder.iterdir())) == marks
+        for output, right in zip(caught.value.outputs, expected, strict=True):
+            got = output.outputs[0]
+            assert got.finish_reason == "error" and 0 < len(got.token_ids) < 200
+            assert got.token_ids[:24] == right[: len(got.token_ids)]

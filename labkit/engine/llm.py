@@ -6,7 +6,9 @@ rank and runs in place, on every rank alike. It turns text into ids and back, an
 
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -18,8 +20,8 @@ from labkit.comm import Comm, Event
 from labkit.engine.core import DTYPES, Engine, EngineOptions, Inbox
 from labkit.engine.outputs import TextStream, request_output
 from labkit.engine.report import assemble
-from labkit.engine.requests import Progress, Request, RequestOutput, SamplingParams, Token
-from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, threads_per_rank
+from labkit.engine.requests import InFlight, Progress, Request, RequestOutput, SamplingParams, Token
+from labkit.launch.local import RankError, RankGroup, in_torchrun, join_torchrun, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
 from labkit.model.decoder import check_layout
@@ -62,9 +64,12 @@ class LLM:
             a slow link behind computation (`labkit.parallel.overlap`).
         trace: keep what each rank did when, for `trace()`.
         debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
+        restart: when a rank fails, start all ranks again, and go on with each request behind the last token that it has got. What
+            it gets is the same (but where numbers are so close that computing several tokens together tips them).
 
     Raises ModelError for a model that isn't supported, LayoutError for degrees that don't fit it, both before any rank
-    starts; RankError when a rank fails. After a RankError the next call starts fresh ranks.
+    starts; RankError when a rank fails, at the fourth time that no request could be finished in between with restart=True.
+    After a RankError the next call starts fresh ranks.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class LLM:
         overlap: str = "none",
         trace: bool = False,
         debug: bool = False,
+        restart: bool = False,
     ) -> None:
         self.layout = Layout(
             tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size,
@@ -136,9 +142,12 @@ class LLM:
         self._tokens: list[list[Token]] = []
         self._rank_reports: list[dict[str, Any]] = []
         self._link: dict[str, Any] | None = None
+        self.restart, self.restarts = restart, 0
         if in_torchrun():
             if link:
                 raise ValueError(f"link={str(link)!r} under torchrun: links are emulated between local CPU ranks only")
+            if restart:
+                raise ValueError("restart=True under torchrun: ranks that it has started, it restarts (--max-restarts)")
             comm = join_torchrun(self.layout, threads=self.threads, **self._between)
             self._engine = Engine(self.model, comm, self.options)
         else:
@@ -162,16 +171,24 @@ class LLM:
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         requests = self.requests(many, sampling_params)
         tokens: dict[int, list[Token]] = {request.index: [] for samples in requests for request in samples}
-        with _bar(len(tokens), use_tqdm and self.leads) as bar:
-            for step in self._run([request for samples in requests for request in samples]):
-                for token in step:
-                    tokens[token.request].append(token)
-                    bar.update(token.finish_reason is not None)
         tokenizer = self.tokenizer if self.model.folder else None
-        return [
-            request_output(str(i), prompt, [(request, tokens[request.index]) for request in samples], tokenizer)
-            for i, (prompt, samples) in enumerate(zip(many, requests, strict=True))
-        ]
+
+        def outputs() -> list[RequestOutput]:
+            return [
+                request_output(str(i), prompt, [(request, tokens[request.index]) for request in samples], tokenizer)
+                for i, (prompt, samples) in enumerate(zip(many, requests, strict=True))
+            ]
+
+        try:
+            with _bar(len(tokens), use_tqdm and self.leads) as bar:
+                for step in self._run([request for samples in requests for request in samples]):
+                    for token in step:
+                        tokens[token.request].append(token)
+                        bar.update(token.finish_reason is not None)
+        except RankError as error:
+            error.outputs = outputs()
+            raise
+        return outputs()
 
     def chat(
         self, messages: list[dict[str, str]], sampling_params: SamplingParams | None = None
@@ -216,7 +233,7 @@ class LLM:
         Fields: `labkit.engine.report.assemble`. Before the first `generate`, only what each rank holds.
         """
         report = assemble(self.layout, self.options, self.threads, self._rank_reports, self._tokens)
-        return report | {"link": self._link}
+        return report | {"link": self._link, "restarts": self.restarts}
 
     def trace(self) -> list[list[Event]]:
         """What each rank did in the last `generate`, in rank order (`labkit.measure.trace`). Needs LLM(trace=True)."""
@@ -279,7 +296,23 @@ class LLM:
             yield step.tokens
 
     def _run_on_ranks(self, requests: list[Request]) -> Iterator[Progress]:
+        in_flight, began, self.restarts = InFlight(self.restart), time.perf_counter(), 0
+        in_flight.add(requests)
+        while True:
+            try:
+                for step in self._run_once(in_flight.left(), began if self.restarts else None):
+                    in_flight.take(step.tokens)
+                    yield step
+                return
+            except RankError:
+                if not in_flight.again():
+                    raise
+                self.restarts += 1
+
+    def _run_once(self, requests: list[Request], began: float | None) -> Iterator[Progress]:
+        """`began`: of ranks that go on where others have failed, when those began; times count from there."""
         group, self._idle = self.ranks(), False
+        earlier = time.perf_counter() - began if began else 0.0
         try:
             # A rank that has been stopped takes no message that is longer than a pipe. That it has shows below.
             threading.Thread(target=group.send, args=(requests,), daemon=True).start()
@@ -287,10 +320,15 @@ class LLM:
             while replicas:
                 _, message = group.receive()
                 if isinstance(message, Progress):
-                    yield message
+                    tokens = (
+                        [replace(t, seconds=t.seconds + earlier) for t in message.tokens] if began else message.tokens
+                    )
+                    yield replace(message, tokens=tokens)
                 else:
                     replicas -= 1
                     self.take_reports(message)
+            for rank in self._rank_reports:
+                rank["seconds"] += earlier
             self._idle = True
         finally:
             if not self._idle:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use

@@ -1,7 +1,9 @@
 """What a caller asks for and what comes back, with vLLM's names and meanings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+RESTARTS = 3  # of ranks that fail, until a request finishes
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,45 @@ class Request:
         if any(stop in self.text for stop in self.params.stops):
             return "stop"
         return "length" if len(self.output_ids) >= self.max_tokens else None
+
+
+class InFlight:
+    """Requests that ranks are serving, as their caller knows them: when ranks fail, others can go on from here.
+
+    What a request has got so far goes before what is still to come, so its noise, penalties and limits stay what they were. Two
+    threads may use it.
+    """
+
+    def __init__(self, restart: bool) -> None:
+        self._restart = restart
+        self._requests: dict[int, Request] = {}
+        self._in_vain = 0  # restarts since a request has finished
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self._requests |= {request.index: request for request in requests}
+
+    def take(self, tokens: Iterable["Token"]) -> None:
+        """Notes what the ranks send."""
+        for token in tokens:
+            if request := self._requests.get(token.request):
+                request.take(token.id)
+                request.recompute = len(request.tokens) - 1
+                if token.finish_reason:
+                    self.forget([token.request])
+                    self._in_vain = 0
+
+    def forget(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self._requests.pop(index, None)
+
+    def left(self) -> list[Request]:
+        """What other ranks are to go on with, in order of arrival."""
+        return list(self._requests.values())
+
+    def again(self) -> bool:
+        """Whether ranks that have failed are to be replaced: if that is wanted, and was not in vain time after time."""
+        self._in_vain += 1
+        return self._restart and self._in_vain <= RESTARTS
 
 
 @dataclass(frozen=True)

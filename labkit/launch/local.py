@@ -62,11 +62,13 @@ class RankError(RuntimeError):
         rank: the first rank that failed, None if none did (the time was up).
         how: "raised", "killed", "exited", "hung", or "timeout".
         kind: the name of the exception's class, where one was raised.
+        outputs: from `LLM.generate`, what there was of each prompt's outputs; "error" is the finish_reason of those cut off.
     """
 
     def __init__(self, message: str, rank: int | None = None, how: str = "", kind: str = "") -> None:
         super().__init__(message)
         self.rank, self.how, self.kind = rank, how, kind
+        self.outputs: list[Any] = []
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of the launcher's own traceback, which says nothing about the ranks."""
