@@ -7,13 +7,15 @@ rank and runs in place, on every rank alike. It turns text into ids and back, an
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from labkit.comm import Comm, Event
@@ -167,7 +169,7 @@ class LLM:
 
         use_tqdm: show a progress bar, where it takes longer than two seconds.
         """
-        single = isinstance(prompts, str | dict) or _is_ids(prompts)
+        single = isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable) or _is_ids(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         requests = self.requests(many, sampling_params)
         tokens: dict[int, list[Token]] = {request.index: [] for samples in requests for request in samples}
@@ -198,8 +200,11 @@ class LLM:
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids that the model's chat template makes of a conversation."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, AttributeError) as error:
+            raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+        return self._tokenized(text, add_special_tokens=False)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The output of one prompt, piece by piece as it is generated. Left before its end, the ranks have to start anew."""
@@ -359,6 +364,8 @@ class LLM:
             if params is None or isinstance(params, SamplingParams)
             else params
         )
+        if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
+            raise TypeError(f"sampling_params={each!r:.50}: give a SamplingParams, or a list of one for each prompt")
         if len(each) != len(prompts):
             raise ValueError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
@@ -378,26 +385,36 @@ class LLM:
             raise ValueError(
                 f"prompt {prompt} has {len(ids)} tokens; max_model_len={self.options.max_model_len} leaves no room"
             )
-        if not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+        if not all(0 <= i < vocab for i in ids):
             raise ValueError(f"prompt {prompt} has token ids outside 0 to {vocab - 1}")
         if params.stops and not self.model.folder:
             raise ModelError(f"{self.model.name} has no tokenizer: stop={params.stop!r} can't be found in its output")
         if params.logprobs is not None and params.logprobs > vocab:
             raise ValueError(f"logprobs={params.logprobs}: use at most {vocab}, the size of the vocabulary")
-        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.config.eos_ids))
-        seed = self.options.seed * 1_000_003 + index if params.seed is None else params.seed + sample
+        ends = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(self.model.config.eos_ids))
+        seed = self.options.seed * 1_000_003 + index if params.seed is None else int(params.seed) + sample
         return Request(index, ids, params, seed, frozenset(ends), min(params.max_tokens, room))
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt).input_ids
+            return self._tokenized(prompt)
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
             prompt = prompt["prompt_token_ids"]
-        if not isinstance(prompt, list) or not all(isinstance(i, int) for i in prompt):
-            raise TypeError(
-                f"a prompt is a string, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(prompt).__name__}"
-            )
-        return prompt
+        if not isinstance(prompt, list | tuple) or not all(isinstance(i, Integral) for i in prompt):
+            odd = next((i for i in prompt if not isinstance(i, Integral)), None) if isinstance(prompt, list) else None
+            got = type(prompt).__name__ + (f" with {odd!r:.50} in it" if odd is not None else "")
+            raise TypeError(f"a prompt is a string, a list of token ids, or {{'prompt_token_ids': [...]}}; got {got}")
+        return [int(i) for i in prompt]
+
+    def _tokenized(self, text: str, **options: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"a prompt holds {text[error.start]!r}, half a character, at position {error.start}"
+            ) from None
+        ids: list[int] = self.tokenizer(text, **options).input_ids
+        return ids
 
 
 def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
@@ -437,7 +454,7 @@ def _bar(total: int, shown: bool) -> tqdm:
 
 
 def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) for i in prompt)
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, Integral) for i in prompt)
 
 
 def chosen_dtype(asked: str, checkpoint: str) -> str:

@@ -65,7 +65,7 @@ def _completion(index: int, request: Request, tokens: list[Token], tokenizer: An
     by_token = reason == "stop" and ids[-1] in request.stop_ids
     text = tokenizer.decode(ids[:-1] if by_token else ids, skip_special_tokens=True) if tokenizer else ""
     if by_token:
-        stop_reason = ids[-1] if ids[-1] in request.params.stop_token_ids else None
+        stop_reason = ids[-1] if ids[-1] in (request.params.stop_token_ids or ()) else None
     elif found := [(text.find(stop), stop) for stop in request.params.stops if stop in text]:
         at, stop_reason = min(found)
         text = text[:at]
