@@ -29,7 +29,7 @@ from labkit import SamplingParams
 from labkit.launch.local import RankError
 
 FAULTS = {
-    "killed": (signal.SIGKILL, 5.0, 30),  # what, seconds that it may take, how often among 100
+    "killed": (signal.SIGKILL, 5.0, 30),  # what, seconds until the error, how often among 100
     "crashed": (signal.SIGSEGV, 5.0, 25),
     "terminated": (signal.SIGTERM, 5.0, 15),
     "interrupted": (signal.SIGINT, 5.0, 25),
@@ -139,7 +139,7 @@ def main(faults: int, seed: int) -> None:
             slowest[name] = max(slowest[name], took)
             row["faults"] += 1
             row[how] += 1
-            row["late"] += took > limit
+            row["late"] += took > limit + 10 * (how == "all served")  # after a restart there is still something to do
             row["wrong tokens"] += any(got not in (None, wanted) for got, wanted in zip(results, right, strict=False))
             row["ranks left"] += len(ranks())
             row["other things left"] += belongings() != before

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
@@ -26,7 +27,8 @@ from labkit.engine.requests import InFlight, Progress, Request, RequestOutput, S
 from labkit.launch.local import RankError, RankGroup, in_torchrun, join_torchrun, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
-from labkit.model.decoder import check_layout
+from labkit.model.checkpoint import Checkpoint
+from labkit.model.decoder import check_layout, tensors
 from labkit.model.errors import ModelError
 from labkit.model.find import DEFAULT, Model, find
 from labkit.parallel.expert import EXCHANGES, Spread
@@ -69,9 +71,9 @@ class LLM:
         restart: when a rank fails, start all ranks again, and go on with each request behind the last token that it has got. What
             it gets is the same (but where numbers are so close that computing several tokens together tips them).
 
-    Raises ModelError for a model that isn't supported, LayoutError for degrees that don't fit it, both before any rank
-    starts; RankError when a rank fails, at the fourth time that no request could be finished in between with restart=True.
-    After a RankError the next call starts fresh ranks.
+    Raises ModelError for a model that is not supported or whose files are not whole, LayoutError for degrees that do not fit,
+    before any rank starts; RankError when a rank fails, with restart=True at the fourth time that no request could be finished
+    in between. After a RankError the next call starts fresh ranks.
     """
 
     def __init__(
@@ -131,6 +133,9 @@ class LLM:
                 f"max_model_len={self.options.max_model_len}: sliding-window attention is not supported; "
                 f"use at most the window, {config.sliding_window}"
             )
+        if self.model.folder:
+            with closing(Checkpoint(self.model.folder)) as checkpoint:
+                checkpoint.check(tensors(config))
         self.threads = threads or threads_per_rank(self.layout.world)
         self._between: dict[str, Any] = {
             "collective_timeout": collective_timeout,
@@ -223,7 +228,11 @@ class LLM:
             raise ModelError(f"{self.model.name} has no tokenizer: prompts must be token ids, and so are the outputs")
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model.folder, local_files_only=True)
+        try:
+            # Code that comes with a model is never run.
+            return AutoTokenizer.from_pretrained(self.model.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{self.model.folder}: its tokenizer can't be loaded: {error}") from error
 
     @property
     def leads(self) -> bool:
