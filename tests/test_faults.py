@@ -22,7 +22,9 @@ from test_launch import ranks_alive
 
 from labkit import LLM, SamplingParams
 from labkit.engine import llm as llm_module
-from labkit.launch.local import RankError
+from labkit.launch import local
+from labkit.launch.local import RankError, RankGroup
+from labkit.launch.rank import main as rank_main
 from labkit.model.find import find
 
 __all__ = ["model"]  # a fixture
@@ -247,3 +249,68 @@ def test_what_there_was_comes_with_the_error_and_a_fault_that_comes_back_is_give
             got = output.outputs[0]
             assert got.finish_reason == "error" and 0 < len(got.token_ids) < 200
             assert got.token_ids[:24] == right[: len(got.token_ids)]
+
+
+FULL_DISK = """
+import os, sys, tempfile, time
+from pathlib import Path
+from labkit import run
+from labkit.model.errors import ModelError
+from labkit.model.find import find
+
+disk = Path(sys.argv[1])
+os.environ["LABKIT_CACHE"] = str(disk / "cache")
+try:
+    find("smollm2-135m")
+except ModelError as error:
+    print(error)
+print([path.name for path in (disk / "cache" / "models").iterdir() if path.is_dir()])
+time.sleep(0.5)  # until the kernel has freed what was deleted
+with open(disk / "filler", "wb") as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError:
+        pass
+tempfile.tempdir = str(disk)
+try:
+    run(lambda comm: None, ranks=2)
+except OSError as error:
+    print(error)
+print(list(disk.glob("labkit-*")))
+(disk / "filler").unlink()
+print(run(lambda comm: comm.rank, ranks=2))
+"""
+
+
+def test_a_full_disk_is_named_and_nothing_half_made_stays_on_it(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FULL_DISK)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o size=50m none {disk} && exec {sys.executable} {script} {disk}"
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    if not done.stdout and ("unshare" in done.stderr or "mount" in done.stderr):
+        pytest.skip(f"no private disk here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    cache, half_made, temporary, left, after = done.stdout.splitlines()
+    assert "No space left on device" in cache and "LABKIT_CACHE can name another folder" in cache
+    assert "No space left on device" in temporary and "TMPDIR can name another folder" in temporary
+    assert (half_made, left, after) == ("[]", "[]", "[0, 1]")
+
+
+def test_a_rank_that_never_comes_up_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept from the place where ranks meet; the others are there, and wait."""
+    monkeypatch.setattr(local, "main", never_comes_up)
+    began = time.monotonic()
+    with pytest.raises(
+        RankError, match=r"not all ranks up after 2 s:(.|\n)*rank 1 was computing \(before any operation"
+    ):
+        RankGroup(len, 2, start_timeout=2)
+    assert time.monotonic() - began < 5 and not ranks_alive()
+
+
+def never_comes_up(rank: int, job: Any, links: list[Any]) -> None:
+    time.sleep(1000) if rank == 1 else rank_main(rank, job, links)

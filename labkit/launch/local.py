@@ -95,8 +95,8 @@ class RankGroup:
     Attributes:
         link_label: the link, how it is emulated, and why not by the kernel; for figures and tables. Empty without one.
 
-    Raises ValueError or LayoutError before anything is started, TypeError if `fn` or `args` cannot be pickled, RankError
-    from any method when a rank fails.
+    Raises ValueError or LayoutError before anything is started, TypeError if `fn` or `args` cannot be pickled, OSError where the
+    folder for temporary files is full, RankError from any method when a rank fails.
     """
 
     def __init__(
@@ -151,7 +151,11 @@ class RankGroup:
             self._finalizer = util.Finalize(self, _end, resources, exitpriority=100)
         try:
             with _unbroken():
-                self._board = Board(self._folder / "board", ranks)
+                try:
+                    self._board = Board(self._folder / "board", ranks)
+                except OSError as error:
+                    where = f"{self._folder.parent}, where ranks meet (TMPDIR can name another folder)"
+                    raise OSError(error.errno, f"{error.strerror}: {where}") from error
                 files.append(self._board)
                 pipes = [multiprocessing.Pipe() for _ in range(ranks)]
                 ours += [here for here, _ in pipes]
