@@ -252,7 +252,7 @@ def test_what_there_was_comes_with_the_error_and_a_fault_that_comes_back_is_give
 
 
 FULL_DISK = """
-import os, sys, tempfile, time
+import os, sys, tempfile
 from pathlib import Path
 from labkit import run
 from labkit.model.errors import ModelError
@@ -265,12 +265,10 @@ try:
 except ModelError as error:
     print(error)
 print([path.name for path in (disk / "cache" / "models").iterdir() if path.is_dir()])
-time.sleep(0.5)  # until the kernel has freed what was deleted
-with open(disk / "filler", "wb") as file:
+with open(disk / "filler", "wb", buffering=0) as file:
     try:
         while True:
             file.write(bytes(4096))
-            file.flush()
     except OSError:
         pass
 tempfile.tempdir = str(disk)
@@ -310,6 +308,16 @@ def test_a_rank_that_never_comes_up_is_given_up(monkeypatch: pytest.MonkeyPatch)
     ):
         RankGroup(len, 2, start_timeout=2)
     assert time.monotonic() - began < 5 and not ranks_alive()
+
+
+def test_a_rank_that_is_killed_before_it_has_begun_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "main", killed_at_once)
+    with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL"):
+        RankGroup(len, 2, start_timeout=20)
+
+
+def killed_at_once(rank: int, job: Any, links: list[Any]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else rank_main(rank, job, links)
 
 
 def never_comes_up(rank: int, job: Any, links: list[Any]) -> None:

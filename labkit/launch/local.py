@@ -380,11 +380,12 @@ class RankGroup:
         return text
 
     def _stack(self, rank: int, patience: float = 0) -> tuple[Frame, ...]:
-        """What faulthandler has written of a rank: the innermost frame first."""
+        """What faulthandler has written of a rank: the innermost frame first. Nothing, where it ended before it had begun."""
         file, deadline = self._folder / f"stack-{rank}", time.monotonic() + patience
-        while not file.exists() or (not file.stat().st_size and time.monotonic() < deadline):
+        while time.monotonic() < deadline and not (file.exists() and file.stat().st_size):
             time.sleep(0.01)
-        return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', file.read_text(errors="replace")))
+        text = file.read_text(errors="replace") if file.exists() else ""
+        return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', text))
 
 
 class _Still(NamedTuple):
