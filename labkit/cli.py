@@ -177,6 +177,7 @@ def serve(
     seed: Seed = 0,
     threads: Threads = None,
     link: LinkRate = None,
+    restart: Annotated[bool, typer.Option(help="replace ranks that fail; clients only wait longer")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="when ready, print one JSON object: url, model, layout")
     ] = False,
@@ -213,6 +214,7 @@ def serve(
         seed=seed,
         threads=threads,
         link=link,
+        restart=restart,
     )
 
 

@@ -122,3 +122,15 @@ class Mesh:
     def index(self, axis: str) -> int:
         """This rank's position inside its group along `axis`."""
         return self.peers(axis).index(self.rank)
+
+
+class Alone(Mesh):
+    """The grid of one rank, with no process group and on no device: for a model that is only to be looked at."""
+
+    def __init__(self) -> None:
+        self.layout, self.device, self.backend = Layout(), torch.device("meta"), ""
+        self.timeout = 0.0
+        self.rank, self.world_size = 0, 1
+        self.dp_rank = self.pp_rank = self.tp_rank = 0
+        self._peers = {axis: [0] for axis in (*AXES, "ep", "replica", "world")}
+        self._groups = dict.fromkeys(self._peers)

@@ -230,12 +230,13 @@ class Engine:
         return x.tolist()
 
     def _watch_for_stops(self, requests: list[Request]) -> None:
-        """Gives requests that end at a string what turns their tokens into text."""
+        """Gives requests that end at a string what turns their tokens into text, and the text of those that they come with."""
         watched = [request for request in requests if request.params.stops]
         if watched and self.model.folder:
             tokenizer = Tokenizer.from_file(str(self.model.folder / "tokenizer.json"))
             for request in watched:
                 request.detokenizer = partial(DecodeStream(skip_special_tokens=True).step, tokenizer)
+                request.text = "".join(request.detokenizer(token) or "" for token in request.output_ids)
 
     def _set_phase(self, plan: Plan) -> None:
         """Prefill and decode of different replicas may meet in a step: what is counted is this one's, if it has any."""
