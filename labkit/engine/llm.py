@@ -41,6 +41,8 @@ class LLM:
         tensor_parallel_size, pipeline_parallel_size, data_parallel_size: degrees; each replica is tp x pp ranks.
         enable_expert_parallel: spread the experts of a mixture-of-experts model over the dp x tp ranks of each stage; off, each
             expert is cut over tp.
+        rank_order: which ranks are neighbours, and so on one host: tensor-parallel ones ("dp-pp-tp"), or by another order of
+            the three, as "dp-tp-pp", stages.
         expert_exchange: how tokens and experts meet then: "all_to_all", "all_gather" or "all_reduce" (`labkit.parallel.expert`).
         expert_placement: which rank has which expert: "contiguous", "round-robin", or by layer the experts of each rank, as
             `labkit.split.experts_by_load` makes them from the loads in a report.
@@ -73,6 +75,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        rank_order: str = "dp-pp-tp",
         expert_exchange: str = "all_to_all",
         expert_placement: str | Mapping[int, Sequence[Sequence[int]]] = "contiguous",
         dtype: str = "auto",
@@ -91,7 +94,7 @@ class LLM:
     ) -> None:
         self.layout = Layout(
             tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size,
-            expert_parallel=enable_expert_parallel,
+            expert_parallel=enable_expert_parallel, order=rank_order,
         )  # fmt: skip
         self.model: Model = find(model)
         config = self.model.config
@@ -136,8 +139,9 @@ class LLM:
         if in_torchrun():
             if link:
                 raise ValueError(f"link={str(link)!r} under torchrun: links are emulated between local CPU ranks only")
-            comm = join_torchrun(self.layout, threads=self.threads, **self._between)
-            self._engine = Engine(self.model, comm, self.options)
+            comm = join_torchrun(self.layout, threads=threads, **self._between)
+            self.threads = torch.get_num_threads()
+            self._engine = _load(self.model, comm, self.options)
         else:
             self._between["link"] = link
             self._start()
@@ -295,7 +299,8 @@ class LLM:
             yield from engine.generate(requests)
         else:  # replicas differ in what they serve: put it together at the end
             steps = list(engine.generate(requests))
-            replicas = engine.comm.gather_objects(steps)[:: self.layout.tp * self.layout.pp]
+            everyones = engine.comm.gather_objects(steps)
+            replicas = [everyones[rank] for rank in self.layout.peers(0, "dp")]
             yield from sorted((s for replica in replicas for s in replica), key=lambda s: s.tokens[0].seconds)
         self._rank_reports = engine.comm.gather_objects(engine.report())
 
@@ -356,9 +361,18 @@ class LLM:
         return prompt
 
 
+def _load(model: Model, comm: Comm, options: EngineOptions) -> Engine:
+    engine = Engine(model, comm, options)
+    if not comm.mesh.on_one_host("world"):
+        from labkit.predict.placement import warn_of_parted_groups
+
+        warn_of_parted_groups(engine)
+    return engine
+
+
 def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
     """What each launched rank does: load, then serve one message of requests after another until the channel closes."""
-    engine = Engine(model, comm, options)
+    engine = _load(model, comm, options)
     channel.send(engine.report())
     leads = comm.mesh.pp_rank == comm.mesh.tp_rank == 0
     while True:

@@ -16,6 +16,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -35,7 +37,7 @@ from labkit.comm import Comm, CommError
 from labkit.launch.board import Board
 from labkit.links import Link, enter
 from labkit.measure.machine import core_ids
-from labkit.mesh import Layout, Mesh, pick_backend
+from labkit.mesh import Layout, Mesh, gather, pick_backend
 from labkit.split import LayoutError
 
 LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo")  # gloo's words
@@ -264,8 +266,8 @@ def _join(wiring: Wiring, group: dict[str, Any], board: Board | None) -> Comm:
             os.sched_setaffinity(0, cores[here * share : (here + 1) * share])
         if wiring.namespaces:
             os.environ["GLOO_SOCKET_IFNAME"] = "eth0"  # there is no other
-        elif ranks_here == layout.world and Path("/sys/class/net/lo").exists():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo uses what the host's name resolves to
+        elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface(ranks_here == layout.world)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo uses what the host's name resolves to
         if kind == "cuda":
             torch.cuda.set_device(device)
         group["device_id"] = device if backend == "nccl" else None
@@ -273,17 +275,32 @@ def _join(wiring: Wiring, group: dict[str, Any], board: Board | None) -> Comm:
         if board is None:  # torchrun's ranks end like any script, and gloo's threads abort one that leaves them running
             atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     _set_pg_timeout(timedelta(seconds=wiring.timeout))  # starting up may take longer than a collective
-    mesh = Mesh(layout, device, wiring.timeout)
+    link = None if wiring.namespaces else wiring.link
+    host = f"{_host()} {here // link.ranks_per_host}" if link else _host()
+    mesh = Mesh(layout, device, wiring.timeout, gather(host), ranks_here)
     if not wiring.overlap:
         _calm_gloo()
-    link = None if wiring.namespaces else wiring.link
     shared: dict[str, Any] = {}
-    if wiring.shared_memory and backend == "nccl" and ranks_here == layout.world:
+    if wiring.shared_memory and backend == "nccl":
         shared = symmetric.join(mesh)
     elif wiring.shared_memory and kind == "cpu":
-        host = f"{_host()} {here // link.ranks_per_host}" if link else _host()
-        shared = shm.join(mesh, host, wiring.timeout, alone=ranks_here <= len(cores))
+        shared = shm.join(mesh, wiring.timeout, alone=ranks_here <= len(cores))
     return Comm(mesh, meter=wiring.meter, board=board, shared=shared, link=link)
+
+
+def _interface(alone: bool) -> str | None:
+    """The network interface for gloo: with all ranks on this host (`alone`) the loopback, else the one that leads to the
+    first rank's host, or on that host into the world. None where this can't be told."""
+    if alone:
+        return "lo" if Path("/sys/class/net/lo").exists() else None
+    names = {a.address: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
+    for target in (os.environ["MASTER_ADDR"], "192.0.2.1"):  # which is nobody's (RFC 5737); nothing is sent to either
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            address = probe.getsockname()[0]
+            if address in names and not address.startswith("127."):
+                return names[address]
+    return None
 
 
 def _host() -> str:
