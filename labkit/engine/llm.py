@@ -18,7 +18,7 @@ from labkit.engine.core import DTYPES, Engine, EngineOptions, Inbox
 from labkit.engine.outputs import TextStream, request_output
 from labkit.engine.report import assemble
 from labkit.engine.requests import Progress, Request, RequestOutput, SamplingParams, Token
-from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, threads_per_rank
+from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, launchers, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
 from labkit.model.decoder import check_layout
@@ -57,6 +57,7 @@ class LLM:
         threads: torch threads of each rank; by default the cores shared out evenly.
         collective_timeout: seconds that a rank waits for another before the run is given up.
         shared_memory: ranks of one host talk through shared memory where they can; off, through sockets alone.
+        distributed_executor_backend: "mp", ranks on this machine, or "ray", on the nodes of a Ray cluster (`labkit.launch.ray`).
         link: between the ranks, as "1gbit" or "200mbit,50us" (`labkit.links`); its measured rate is in the report.
         overlap: "none"; "chunks" (pieces of each prompt) or "two-batch" (two halves of the sequences) hide communication over
             a slow link behind computation (`labkit.parallel.overlap`).
@@ -87,6 +88,7 @@ class LLM:
         threads: int | None = None,
         collective_timeout: float = 60.0,
         shared_memory: bool = True,
+        distributed_executor_backend: str = "mp",
         link: Link | str | None = None,
         overlap: str = "none",
         trace: bool = False,
@@ -124,7 +126,8 @@ class LLM:
                 f"max_model_len={self.options.max_model_len}: sliding-window attention is not supported; "
                 f"use at most the window, {config.sliding_window}"
             )
-        self.threads = threads or threads_per_rank(self.layout.world)
+        self._executor = _one_of("distributed_executor_backend", distributed_executor_backend, ("mp", "ray"))
+        self.threads = threads or (1 if self._executor == "ray" else threads_per_rank(self.layout.world))
         self._between: dict[str, Any] = {
             "collective_timeout": collective_timeout,
             "shared_memory": shared_memory,
@@ -139,6 +142,10 @@ class LLM:
         if in_torchrun():
             if link:
                 raise ValueError(f"link={str(link)!r} under torchrun: links are emulated between local CPU ranks only")
+            if self._executor == "ray":
+                raise ValueError(
+                    "distributed_executor_backend='ray' under torchrun, which has started the ranks: use 'mp'"
+                )
             comm = join_torchrun(self.layout, threads=threads, **self._between)
             self.threads = torch.get_num_threads()
             self._engine = _load(self.model, comm, self.options)
@@ -250,7 +257,7 @@ class LLM:
         self._rank_reports = message["ranks"]
 
     def _start(self) -> RankGroup:
-        group = RankGroup(
+        group = launchers("local" if self._executor == "mp" else "ray")(
             _serve,
             self.layout.world,
             args=(self.model, self.options),

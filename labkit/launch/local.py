@@ -124,32 +124,42 @@ class RankGroup:
         self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
         self._board = Board(self._folder / "board", ranks)
         wiring = Wiring(
-            layout, threads or threads_per_rank(ranks), core_ids(), collective_timeout, start_timeout, meter,
-            shared_memory, overlap, link, [network.where(rank) for rank in range(ranks)] if network else None,
+            layout, threads or self._threads(), core_ids(), collective_timeout, start_timeout, meter,
+            shared_memory, overlap, link=link,
+            namespaces=[network.where(rank) for rank in range(ranks)] if network else None,
         )  # fmt: skip
         environ = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
         sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
         job = Job(work, wiring, self._folder, environ, sources)
-        pipes = [multiprocessing.Pipe() for _ in range(ranks)]
-        self._links: dict[int, Connection] = {rank: here for rank, (here, _) in enumerate(pipes)}
+        self._links: dict[int, Connection] = {}
+        self._sentinels: dict[int, int] = {}
+        try:
+            self._start(job, network)
+            self._until(lambda: len(self._up) == ranks, start_timeout, f"not all ranks up after {start_timeout:g} s")
+        except BaseException:
+            self._end()
+            raise
+
+    def _threads(self) -> int:
+        return threads_per_rank(self.ranks)
+
+    def _start(self, job: Job, network: Network | None) -> None:
+        """Starts the ranks; `_end` ends those that have been started."""
+        pipes = [multiprocessing.Pipe() for _ in range(self.ranks)]
+        self._links |= {rank: here for rank, (here, _) in enumerate(pipes)}
         theirs = [there for _, there in pipes]
         self._processes: list[Any] = []
         # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
         resources = (self._processes, [here for here, _ in pipes], self._folder, network)
         self._end = util.Finalize(self, _end, resources, exitpriority=100)
-        try:
-            with _without_main():
-                multiprocessing.set_forkserver_preload(PRELOAD)
-                context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
-            for their in theirs:
-                their.close()
-            self._processes += context.processes
-            self.pids = context.pids()
-            self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
-            self._until(lambda: len(self._up) == ranks, start_timeout, f"not all ranks up after {start_timeout:g} s")
-        except BaseException:
-            self._end()
-            raise
+        with _without_main():
+            multiprocessing.set_forkserver_preload(PRELOAD)
+            context = start_processes(main, (job, theirs), self.ranks, join=False, start_method="forkserver")
+        for their in theirs:
+            their.close()
+        self._processes += context.processes
+        self.pids = context.pids()
+        self._sentinels |= {process.sentinel: rank for rank, process in enumerate(context.processes)}
 
     def send(self, message: Any) -> None:
         """One message to every rank."""
@@ -227,7 +237,9 @@ class RankGroup:
         except (EOFError, OSError):  # its process has ended, or is about to: its sentinel will say how
             del self._links[rank]
             return
-        kind, value = pickle.loads(raw)
+        self._take(rank, *pickle.loads(raw))
+
+    def _take(self, rank: int, kind: str, value: Any) -> None:
         match kind:
             case "message":
                 self._inbox.append((rank, value))
@@ -284,9 +296,7 @@ class RankGroup:
     ) -> str:
         """`text`, and a line or two on every rank but those `told` of: what it did when `seen`, and where in whose code."""
         running = self._up - self._done - self._failures.keys()
-        for rank in running:
-            with contextlib.suppress(OSError):
-                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes its stack
+        self._ask_for_stacks(running)
         for rank in sorted(set(range(self.ranks)) - self._done):
             failure, said = self._failures.get(rank), " " + doings[rank].describe(seen)
             if failure and (failure.own or explain_lost or not doings[rank].waiting):
@@ -300,6 +310,11 @@ class RankGroup:
                 "\n  These are different operations: all ranks of a group must call the same ones in the same order."
             )
         return text
+
+    def _ask_for_stacks(self, ranks: set[int]) -> None:
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes it
 
     def _stack(self, rank: int, patience: float = 0) -> tuple[Frame, ...]:
         """What faulthandler has written of a rank: the innermost frame first."""
@@ -330,8 +345,9 @@ def run(
     shared_memory: bool = True,
     overlap: bool = False,
     link: Link | str | None = None,
+    launcher: str = "local",
 ) -> list[Any]:
-    """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order (tensors as copies).
+    """Calls `fn(comm, *args)` on fresh ranks; what they return, in rank order (tensors as copies).
 
     Args:
         fn: any function, also a lambda or one from a notebook; it travels by value, with what it refers to.
@@ -339,17 +355,29 @@ def run(
         timeout: seconds for all of it, from when the ranks are up. collective_timeout: for one operation between ranks.
         threads: torch threads of each (default: the cores shared out). shared_memory: use it between the ranks.
         overlap: operations are to go on while the ranks compute. link: one to emulate between them, as RankGroup does.
+        launcher: "local", or "ray": on the nodes of a Ray cluster (`labkit.launch.ray`).
 
     Raises RankError when a rank raises, dies, or does not finish in time; otherwise as RankGroup does.
     """
     ranks = ranks if ranks is not None else layout.world if layout else 2
-    with RankGroup(
+    with launchers(launcher)(
         _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout,
         shared_memory=shared_memory, overlap=overlap, link=link,
     ) as group:  # fmt: skip
         group._until(lambda: len(group._inbox) == ranks, timeout, f"not finished after {timeout:g} s")
         values = dict(group._inbox)
     return [values[rank] for rank in range(ranks)]
+
+
+def launchers(name: str) -> type[RankGroup]:
+    """What starts ranks: "local" or "ray". Raises ValueError for another name, ImportError where Ray isn't installed."""
+    if name == "local":
+        return RankGroup
+    if name == "ray":
+        from labkit.launch.ray import RayGroup
+
+        return RayGroup
+    raise ValueError(f"launcher={name!r}: use 'local' or 'ray'")
 
 
 def _call(comm: Comm, channel: Channel, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
