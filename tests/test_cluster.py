@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
 
 from labkit import LLM, Layout, SamplingParams
+from labkit.launch.cluster import Cluster, kubernetes, slurm
 from labkit.links import Link, LinkError, Network
 from labkit.mesh import ORDERS
 from labkit.predict.dryrun import dryrun
@@ -176,6 +180,135 @@ def test_a_program_that_fails_on_one_host_ends_on_all(tmp_path: Path) -> None:
 def test_the_command_runs_another_on_hosts() -> None:
     done = labkit("launch", "hosts", "--nodes", "1", "--per-node", "2", "--", "plan", "--gpus", "0")
     assert done.returncode == 1 and "labkit: gpus=0: use 1 or more" in done.stderr
+
+
+# -- files for Slurm and Kubernetes --------------------------------------------------------------------------------------
+
+# Options that sbatch documents, of those that are used, and what they take.
+SBATCH = {
+    "job-name": r"[\w-]+", "nodes": r"[1-9]\d*", "ntasks-per-node": "1", "gpus-per-node": r"[1-9]\d*",
+    "cpus-per-task": r"[1-9]\d*", "time": r"(\d+-)?\d+:\d\d:\d\d", "output": r"[\w%.-]+",
+}  # fmt: skip
+PROMPT_TO_QUOTE = 'What\'s $HOME? "a" $(b) `c` \\ é'
+
+
+def batch_file(*arguments: str, nodes: int, gpus: int = 0, cpus: int = 0, **options: str) -> str:
+    return slurm(["generate", PROMPT_TO_QUOTE, *arguments], Cluster(nodes, gpus, cpus), **options)
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "cpus"), [(2, 8, 0), (4, 1, 16), (1, 0, 2)])
+def test_a_batch_file_has_options_that_slurm_knows_before_valid_bash(nodes: int, gpus: int, cpus: int) -> None:
+    text = batch_file(f"--tp={gpus or cpus}", "--pp", str(nodes), nodes=nodes, gpus=gpus, cpus=cpus)
+    lines = text.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    code = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    given = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in lines if line.startswith("#SBATCH"))
+    assert all(re.fullmatch(SBATCH[option], value) for option, value in given.items())
+    assert sum(line.startswith("#SBATCH") for line in lines[:code]) == len(given)  # sbatch stops reading at a command
+    assert given["nodes"] == str(nodes) and given.get("gpus-per-node") == (str(gpus) if gpus else None)
+    assert given.get("cpus-per-task") == (str(cpus) if cpus else None)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_a_batch_file_runs_torchrun_where_srun_would(tmp_path: Path) -> None:
+    """Two commands of Slurm's stand in: one names this machine, the other runs what it is given on one node."""
+    for name, line in {
+        "scontrol": "echo localhost; echo elsewhere",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    text = batch_file(
+        "--tp", "2", "--dtype", "float32", "--max-tokens", "3", "--json", nodes=1, cpus=2, python=sys.executable
+    )
+    environ = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }
+    done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environ, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    with LLM("smollm2-135m", dtype="float32") as llm:
+        [alone] = llm.generate([PROMPT_TO_QUOTE], SamplingParams(temperature=0.0, max_tokens=3))
+    assert result["token_ids"] == alone.outputs[0].token_ids and result["layout"]["tp"] == 2
+
+
+def keys(value: Any, known: Any, where: str = "") -> None:
+    """Checks that a document has the fields that `known` requires (those that start with *) and no others."""
+    if isinstance(known, list):
+        assert isinstance(value, list) and value, where
+        for each in value:
+            keys(each, known[0], where)
+    elif isinstance(known, dict):
+        fields = {name.lstrip("*"): kind for name, kind in known.items()}
+        assert {name[1:] for name in known if name.startswith("*")} <= value.keys() <= fields.keys(), where
+        for name, each in value.items():
+            keys(each, fields[name], f"{where}.{name}")
+    elif isinstance(known, str):
+        assert re.fullmatch(known, str(value)), (where, value)
+    else:
+        assert isinstance(value, known), (where, value)
+
+
+NAME = "[a-z]([a-z0-9-]*[a-z0-9])?"
+LABELS = {"*batch.kubernetes.io/job-name": NAME}
+SERVICE = {
+    "*apiVersion": "v1", "*kind": "Service", "*metadata": {"*name": NAME},
+    "*spec": {"*clusterIP": "None", "publishNotReadyAddresses": bool, "*selector": LABELS},
+}  # fmt: skip
+CONTAINER = {
+    "*name": NAME, "*image": r"\S+", "command": [str], "resources": {"limits": {"nvidia.com/gpu": int, "cpu": int}},
+    "volumeMounts": [{"*name": NAME, "*mountPath": "/.+"}],
+}  # fmt: skip
+TERM = {"*topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": LABELS}}
+POD = {
+    "subdomain": NAME, "*restartPolicy": "Never|OnFailure", "*containers": [CONTAINER],
+    "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [TERM]}},
+    "volumes": [{"*name": NAME, "*emptyDir": {"medium": "Memory"}}],
+}  # fmt: skip
+JOB = {
+    "*apiVersion": "batch/v1", "*kind": "Job", "*metadata": {"*name": NAME},
+    "*spec": {
+        "completionMode": "Indexed", "*completions": int, "*parallelism": int, "backoffLimit": int, "*template": {"*spec": POD},
+    },
+}  # fmt: skip
+
+
+def test_kubernetes_gets_a_job_whose_pods_find_each_other() -> None:
+    command = ["generate", PROMPT_TO_QUOTE, "--tp", "8", "--pp", "2"]
+    text = kubernetes(command, Cluster(2, gpus=8, cpus=32, name="tide-2"), image="example.org/labkit:1")
+    service, job = yaml.safe_load_all(text)
+    keys(service, SERVICE)
+    keys(job, JOB)
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert spec["completions"] == spec["parallelism"] == 2
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8, "cpu": 32}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    # An indexed Job's pods are called NAME-0, NAME-1, ..., and their subdomain is that of a headless service of this name.
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"]["batch.kubernetes.io/job-name"] == job["metadata"]["name"] == "tide-2"
+    python, module, program, *arguments = container["command"]
+    assert (python, module, program) == ("python", "-m", "torch.distributed.run")
+    asked = get_args_parser().parse_args(arguments)
+    assert (asked.nnodes, asked.nproc_per_node, asked.rdzv_backend) == ("2", "8", "c10d")
+    assert asked.rdzv_endpoint == f"tide-2-0.{pod['subdomain']}:29400"
+    assert asked.module and asked.training_script == "labkit"
+    assert asked.training_script_args == [word.replace("$(b)", "$$(b)") for word in command]
+
+
+def test_the_command_line_prints_the_files_and_refuses_what_would_not_start() -> None:
+    done = labkit("launch", "slurm", "--gpus-per-node", "8", "--", "generate", "The tide", "--tp", "8", "--pp=2")
+    assert done.returncode == 0 and "-m labkit generate 'The tide' --tp 8 --pp=2\n" in done.stdout
+    done = labkit(
+        "launch", "kubernetes", "--cpus-per-node", "4", "--image", "x", "--", "generate", "The tide", "--tp", "4"
+    )
+    assert done.returncode == 2 and "tp=4 x pp=1 x dp=1 needs 4 ranks; 2 x 4 would start" in done.stderr
+    with pytest.raises(ValueError, match="nodes=2, gpus=0, cpus=0: use 1 node or more, and GPUs or CPUs on each"):
+        Cluster(2)
+    with pytest.raises(ValueError, match="name='The job': use up to 40 lower-case letters"):
+        Cluster(2, gpus=1, name="The job")
 
 
 def test_what_cannot_be_launched_or_compared_is_refused() -> None:
