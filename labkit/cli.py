@@ -136,7 +136,8 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, where rank 0 prints."""
+    """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, on one machine or several
+    (`labkit launch --help`), where rank 0 prints."""
     from labkit import LLM, SamplingParams
 
     llm = LLM(
