@@ -123,6 +123,7 @@ def served(kernel: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_serves_tp_inside_and_pp_across_two_hosts(served: tuple[dict[str, Any], str]) -> None:
     long, hosts = served[0]["seen"][str(PROMPT)], served[0]["hosts"]
     with LLM("smollm2-135m", dtype="float32") as llm:
@@ -139,6 +140,7 @@ def test_torchrun_serves_tp_inside_and_pp_across_two_hosts(served: tuple[dict[st
     assert (hosts[0]["cores"] == hosts[1]["cores"]) == crowded  # else each rank is pinned to its own
 
 
+@pytest.mark.slow
 def test_bytes_between_hosts_are_the_dry_runs_and_the_network_cards(served: tuple[dict[str, Any], str]) -> None:
     short, long = (served[0]["seen"][str(length)] for length in (1, PROMPT))
     dry = dryrun("smollm2-135m", tp=2, pp=2, context=PROMPT + 1, device="cpu", dtype="float32", ranks_per_host=2)
@@ -151,6 +153,7 @@ def test_bytes_between_hosts_are_the_dry_runs_and_the_network_cards(served: tupl
     assert 0.98 * more <= long["counter"] - short["counter"] <= 1.1 * more
 
 
+@pytest.mark.slow
 def test_groups_across_hosts_cost_what_was_foretold_and_warn(served: tuple[dict[str, Any], str]) -> None:
     """SmolLM2-135M: 30 layers of hidden size 576, two all-reduces each and one of the embedding, in bfloat16."""
     inside, across = served[0]["rows"]

@@ -92,20 +92,23 @@ def test_groups_are_packed_on_nodes_and_labkit_travels_along() -> None:
     assert {tuple(rest) for _, *rest in seen} == {(True, 1, 4.0)}
 
 
-def test_output_values_and_closures_come_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_are_spread_and_output_and_closures_come_back(capsys: pytest.CaptureFixture[str]) -> None:
     factor = 10
 
-    def talk(comm: Comm, add: int) -> torch.Tensor:
+    def talk(comm: Comm, add: int) -> tuple[str, torch.Tensor]:
         print(f"hello from {comm.rank}")
         print("trouble", file=sys.stderr)
-        return comm.all_reduce(torch.ones(2)) * factor + add
+        return ray.util.get_node_ip_address(), comm.all_reduce(torch.ones(2)) * factor + add
 
-    assert all(torch.equal(x, torch.full((2,), 25.0)) for x in run(talk, 2, args=(5,), launcher="ray"))
+    (first, x), (second, y) = run(talk, layout=Layout(pp=2), args=(5,), launcher="ray")
+    assert first != second
+    assert torch.equal(x, torch.full((2,), 25.0)) and torch.equal(x, y)
     seen = capsys.readouterr()
     assert sorted(seen.out.splitlines()) == ["[rank 0] hello from 0", "[rank 1] hello from 1"]
     assert sorted(seen.err.splitlines()) == ["[rank 0] trouble", "[rank 1] trouble"]
 
 
+@pytest.mark.slow
 def test_llm_gives_the_same_tokens() -> None:
     prompts, params = ["The tide", "One two three"], SamplingParams(temperature=0.0, max_tokens=8)
     with LLM("smollm2-135m", dtype="float32") as llm:
