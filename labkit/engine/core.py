@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from labkit.comm import Comm, Pending
+from labkit.comm import Comm, Pending, Tally
 from labkit.engine.graphs import DecodeGraphs
 from labkit.engine.requests import Abort, Message, Progress, Request, Token
 from labkit.engine.sampling import empty, sample
@@ -108,7 +108,7 @@ class Engine:
         where memory is short on any rank."""
         longest, count = -(-self.options.max_model_len // BLOCK), self.options.max_num_seqs
         wanted = longest * count if self.options.kv_cache_tokens is None else -(-self.options.kv_cache_tokens // BLOCK)
-        fits = int(_free_memory(self.comm.device, self.comm.world_size) // self.decoder.cache(1, BLOCK).bytes)
+        fits = int(_free_memory(self.comm.device, self.comm.mesh.ranks_here) // self.decoder.cache(1, BLOCK).bytes)
         everyones = self.comm.all_gather(torch.tensor([min(wanted, fits)], device=self.comm.device), "world", "plan")
         blocks = int(everyones.min())
         if blocks < longest:
@@ -267,17 +267,20 @@ class Engine:
 
     def report(self) -> dict[str, Any]:
         """What this rank holds, and what the last `generate` did and sent."""
-        place = self.comm.mesh.layout.place(self.comm.rank)
+        mesh = self.comm.mesh
+        place = mesh.layout.place(self.comm.rank)
         counts = self.counts
         tokens = {"prefill": counts.prompt_tokens, "decode": counts.decode_tokens}
         steps = counts.prefill_steps + counts.decode_steps
         # Every step spends one tick on each stage; a lane's turn reaches the last stage pp - 1 ticks after the first.
-        span = counts.ticks + self.comm.mesh.layout.pp - 1
+        span = counts.ticks + mesh.layout.pp - 1
         return {
             "rank": self.comm.rank,
             "pid": os.getpid(),
             "stage": place["pp"],
             "place": place,
+            "host": sorted(set(mesh.hosts), key=mesh.hosts.index).index(mesh.hosts[mesh.rank]),
+            "ranks_here": mesh.ranks_here,
             "layers": len(self.decoder.layers),
             "weights_bytes": self.decoder.weights_bytes,
             "bytes_read": self.bytes_read,
@@ -306,6 +309,7 @@ class Engine:
                     "payload_bytes": tally.payload_bytes,
                     "wire_bytes": tally.wire_bytes,
                     "sent_to": tally.sent_to,
+                    "between_hosts_bytes": self._between_hosts(axis, tally),
                     "seconds": tally.seconds,
                     "hidden_seconds": tally.hidden_seconds,
                     "tokens": tokens.get(phase, 0),
@@ -313,6 +317,14 @@ class Engine:
                 for (op, axis, phase, what), tally in self.comm.tallies.items()
             ],
         }
+
+    def _between_hosts(self, axis: str, tally: Tally) -> int:
+        """Of what was sent, the bytes that went to another host."""
+        mesh = self.comm.mesh
+        if tally.sent_to:
+            to = zip(mesh.peers(axis), tally.sent_to, strict=True)
+            return sum(sent for peer, sent in to if mesh.hosts[peer] != mesh.hosts[mesh.rank])
+        return tally.wire_bytes * mesh.layout.crosses(mesh.rank, axis, mesh.hosts)
 
 
 class Inbox:
