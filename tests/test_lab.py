@@ -386,6 +386,18 @@ def test_every_figure_carries_alt_text_with_its_numbers():
         (plots.gains(["1gbit"], {"chunks": [1.5]}, {"bound": [2.0]}), "bound: 2.00 at 1gbit; chunks: 1.50 at 1gbit"),
         (plots.owners({"9 query heads": [s.query for s in shares]}), "rank 1 holds 5 to 8"),
         (plots.memory({"TP=2": [138e6, 131e6]}), "TP=2: 138.0, 131.0"),
+        (
+            plots.footprint({"TP=1": {"weights": 70.0, "KV cache": 5.0}, "TP=2": {"weights": 35.0}}, 72.0),
+            "of 72.0 GB that can be used. TP=1: 75 GB (weights 70, KV cache 5), does not fit; TP=2: 35 GB (weights 35), fits",
+        ),
+        (
+            plots.terms({"TP=8": {"weights": 27.0, "layers": 2.5}}, "A token"),
+            "A token. TP=8: 29.5 ms (weights 27, layers 2.5).",
+        ),
+        (
+            plots.grid([{"rank": r, "place": {"pp": r, "tp": 0}, "layers": 15, "weights_bytes": 9e7} for r in (0, 1)]),
+            "stage 1, shard 0: rank 1, 15 layers, 90 MB",
+        ),
         (plots.latency({"TP=1": {"weights": 20.0, "per layer": 5.0}}, {"TP=1": 26.0}), "predicted 25.0 ms"),
     ]
     for figure, said in figures:

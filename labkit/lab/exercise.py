@@ -102,9 +102,11 @@ class Exercise:
         return None
 
     def show(self, answer: Answer) -> str:
-        """A number with its unit, or the shapes of tensors."""
+        """A number with its unit, a few whole numbers, or the shapes of tensors."""
         if all(v.ndim == 0 for v in answer):
             return ", ".join(f"{v.item() / self.unit[1]:,.4g} {self.unit[0]}".rstrip() for v in answer)
+        if len(answer) == 1 and answer[0].ndim == 1 and len(answer[0]) <= 4 and answer[0].equal(answer[0].round()):
+            return ", ".join(f"{n:g}" for n in answer[0].tolist())
         shapes = [" x ".join(map(str, v.shape)) for v in answer]
         return shapes[0] if len(set(shapes)) == 1 else ", ".join(shapes)
 

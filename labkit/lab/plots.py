@@ -15,27 +15,30 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import LogLocator, NullLocator
 
 from labkit.measure.trace import Span
+from labkit.predict.plan import words
 from labkit.split import busiest_over_mean
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#0072B2", "#D55E00", "#999999")
 HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 _GREYS = ("#555555", "#aaaaaa", "#dddddd")  # terms of a sum aren't ranks
+_TERMS = tuple((grey, hatch) for hatch in ("", "///", "...") for grey in ("#777777", "#bbbbbb", "#eeeeee"))
 
 
 class Picture(Figure):
     """A Figure that a notebook shows with its alt text, and a terminal as the alt text."""
 
     def __init__(self, alt: str, size: tuple[float, float]) -> None:
-        super().__init__(figsize=size, layout="constrained")
-        FigureCanvasAgg(self)
+        super().__init__(figsize=size, dpi=110, layout="constrained")
+        self.agg = FigureCanvasAgg(self)
         self.alt = alt
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
         png = io.BytesIO()
-        self.savefig(png, format="png", dpi=110)
+        self.agg.print_png(png)  # savefig draws everything twice
         data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
 
@@ -66,6 +69,32 @@ def owners(shares: Mapping[str, Sequence[range]]) -> Picture:
     return picture
 
 
+def grid(ranks: Sequence[Mapping[str, Any]]) -> Picture:
+    """Who stands where and holds what (`report["ranks"]`, of one replica): a row for each stage, a column for each shard."""
+    held = [
+        (
+            r["place"]["pp"],
+            r["place"]["tp"],
+            f"rank {r['rank']}",
+            f"{r['layers']} layers, {r['weights_bytes'] / 1e6:.0f} MB",
+        )
+        for r in ranks
+    ]
+    said = "; ".join(f"stage {pp}, shard {tp}: {rank}, {what}" for pp, tp, rank, what in held)
+    stages, shards = max(pp for pp, *_ in held) + 1, max(tp for _, tp, *_ in held) + 1
+    picture = Picture(f"The grid of ranks. {said}.", (1.2 + 1.9 * shards, 0.7 + 0.6 * stages))
+    ax = picture.subplots()
+    for r, (pp, tp, rank, what) in zip(ranks, held, strict=True):
+        ax.add_patch(Rectangle((tp - 0.45, pp - 0.4), 0.9, 0.8, **_style(r["rank"])))
+        ax.text(tp, pp, f"{rank}\n{what}", fontsize=8, ha="center", va="center", bbox=_PLATE)
+    ax.set(xlim=(-0.5, shards - 0.5), ylim=(stages - 0.5, -0.5), xticks=range(shards), yticks=range(stages))
+    ax.set_yticklabels([f"stage {stage}" for stage in range(stages)])
+    ax.set_xticklabels([f"shard {shard}" for shard in range(shards)])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return picture
+
+
 def memory(bytes_by_rank: Mapping[str, Sequence[float]], title: str = "Weights per rank") -> Picture:
     """Bars of bytes for each rank, grouped by layout."""
     said = "; ".join(f"{name}: " + ", ".join(f"{b / 1e6:.1f}" for b in sizes) for name, sizes in bytes_by_rank.items())
@@ -85,6 +114,123 @@ def memory(bytes_by_rank: Mapping[str, Sequence[float]], title: str = "Weights p
     ax.margins(y=0.12)
     _bare(ax)
     return picture
+
+
+def footprint(
+    parts: Mapping[str, Mapping[str, float]], room: float, title: str = "Memory of the fullest GPU"
+) -> Picture:
+    """What a GPU must hold, in GB: for each layout its parts side by side, against the `room` that there is (dashed)."""
+    said = "; ".join(
+        f"{name}: {_sum(own, 'GB')}, {'fits' if sum(own.values()) <= room else 'does not fit'}"
+        for name, own in parts.items()
+    )
+    picture = Picture(f"{title}, of {room:.1f} GB that can be used. {said}.", (8, 1.1 + 0.34 * len(parts)))
+    ax = picture.subplots()
+    _stacked(ax, parts, "GB")
+    _room(ax, room)
+    ax.set_title(title, pad=18)
+    ax.set_xlabel("GB (1e9 bytes)")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+def terms(ms: Mapping[str, Mapping[str, float]], title: str) -> Picture:
+    """Milliseconds, for each layout the terms that make them up side by side."""
+    said = "; ".join(f"{name}: {_sum(own, 'ms')}" for name, own in ms.items())
+    picture = Picture(f"{title}. {said}.", (8, 1.0 + 0.34 * len(ms)))
+    ax = picture.subplots()
+    _stacked(ax, ms, "ms")
+    ax.set(title=title, xlabel="ms")
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+# Parts of a GPU's memory (`Deployment.memory`), and the cost model's terms under fewer names; all others are exchanges.
+_PARTS = {"weights": "weights_gb", "KV cache": "kv_gb", "activations": "activations_gb"}
+_KINDS = {
+    "weights": "weights", "arithmetic beyond reading": "weights", "KV cache": "KV cache",
+    "attention scores beyond reading": "KV cache", "layers": "fixed cost", "routers": "fixed cost", "sequences": "fixed cost",
+    "waiting for the slowest stage": "waiting", "expert imbalance": "waiting", "prompts of others": "prompts of others",
+}  # fmt: skip
+
+
+def plan(planned: Mapping[str, Any], most: int = 7) -> Picture:
+    """What a planner found (`labkit.predict.plan`): memory of `most` layouts, the best and those that nearly fit; what a token's
+    time goes to, in those that fit; time per token over throughput with a full memory: those on the dashed line are beaten by
+    none.
+    """
+    fitting, room = [row for row in planned["layouts"] if row["fits"]], planned["usable_gb_per_gpu"]
+    refused = [row for row in planned["layouts"] if row["memory"] and not row["fits"]]
+    rows = [*fitting, *sorted(refused, key=lambda row: row["memory_gb_per_gpu"])][:most]
+    held = {words(row["layout"]): {part: row["memory"][name] for part, name in _PARTS.items()} for row in rows}
+    times = {words(row["layout"]): _by_kind(row["terms"]) for row in fitting[:most]}
+    picture = Picture(_said(planned, held, times, fitting), (11, 2.1 + 0.3 * (len(held) + len(times))))
+    picture.set_layout_engine("none")  # it would draw everything once more, and a slider's user waits
+    place: dict[str, Any] = {"left": 0.175, "right": 0.98, "top": 0.94, "bottom": 0.09, "hspace": 0.35, "wspace": 0.17}
+    place |= {"width_ratios": [5, 4], "height_ratios": [1 + len(held), 1 + len(times)]}
+    axes = picture.subplot_mosaic([["memory", "pareto"], ["terms", "pareto"]], gridspec_kw=place)
+    for ax, bars, unit, title in (
+        (axes["memory"], held, "GB", "fullest GPU"),
+        (axes["terms"], times, "ms", f"token, {planned['batch']} in flight"),
+    ):
+        _stacked(ax, bars, unit)
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.tick_params(labelsize=8)
+        if bars:
+            ax.legend(
+                frameon=False, fontsize=7, ncols=6, loc="lower right", bbox_to_anchor=(1.02, 0.98), handlelength=1.2,
+                columnspacing=1,
+            )  # fmt: skip
+    axes["memory"].axvline(room, color="#D55E00", linestyle="--", linewidth=1.5)
+    axes["memory"].annotate(
+        f"room {room:.0f}", (room, 0), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8,
+        color="#D55E00",
+    )  # fmt: skip
+    _pareto(axes["pareto"], fitting, most)
+    return picture
+
+
+def _pareto(ax: Axes, fitting: Sequence[Mapping[str, Any]], most: int) -> None:
+    best = sorted((row["max_tokens_per_s"], row["tpot_ms"]) for row in fitting if row["pareto"])
+    ax.plot([x for x, _ in best], [y for _, y in best], "--", color="black", linewidth=1)
+    for row in fitting:
+        at = row["max_tokens_per_s"], row["tpot_ms"]
+        ax.plot(*at, "o" if row["pareto"] else "x", color="#0072B2" if row["pareto"] else "#999999")
+        if row["pareto"] or len(fitting) <= most:
+            ax.annotate(words(row["layout"]), at, (-5, 5), textcoords="offset points", fontsize=8, ha="right")
+    ax.set(xlabel="tokens/s with a full memory", ylabel="ms per token")
+    for scale, axis in ((ax.set_xscale, ax.xaxis), (ax.set_yscale, ax.yaxis)):
+        if fitting:
+            scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:,.0f}")
+            axis.set_minor_locator(NullLocator())
+    ax.set_title("right and low is good" if fitting else "nothing fits", fontsize=9, loc="left")
+    ax.margins(x=0.25, y=0.15)
+    _bare(ax)
+
+
+def _by_kind(terms: Mapping[str, float]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, ms in terms.items():
+        kind = _KINDS.get(name, "exchanges")
+        found[kind] = found.get(kind, 0.0) + ms
+    return found
+
+
+def _said(
+    planned: Mapping[str, Any], held: Mapping[str, Any], times: Mapping[str, Any], fitting: Sequence[Mapping[str, Any]]
+) -> str:
+    memory = "; ".join(f"{name}: {_sum(parts, 'GB')}" for name, parts in held.items())
+    tpot = "; ".join(f"{name}: {_sum(parts, 'ms')}" for name, parts in times.items()) or "none fits"
+    front = "; ".join(
+        f"{words(row['layout'])}: {row['max_tokens_per_s']:,.0f} tokens/s, {row['tpot_ms']:.3g} ms"
+        for row in fitting if row["pareto"]
+    )  # fmt: skip
+    return (
+        f"Plans for {planned['model']} on {planned['gpus']} x {planned['hardware']}. Memory of the fullest GPU, of "
+        f"{planned['usable_gb_per_gpu']:.1f} GB: {memory}. Time per token: {tpot}. Beaten by none: {front or 'none'}."
+    )
 
 
 def latency(predicted: Mapping[str, Mapping[str, float]], measured: Mapping[str, float]) -> Picture:
@@ -380,6 +526,37 @@ def byte_matrix(sent: Mapping[str, Sequence[Sequence[float]]]) -> Picture:
         ax.set(title=f"{what}, kB", xlabel="to rank", ylabel="from rank", yticks=range(ranks))
         ax.title.set_fontsize(9)
     return picture
+
+
+def _sum(terms: Mapping[str, float], unit: str) -> str:
+    return f"{sum(terms.values()):.3g} {unit} (" + ", ".join(f"{name} {size:.3g}" for name, size in terms.items()) + ")"
+
+
+def _stacked(ax: Axes, bars: Mapping[str, Mapping[str, float]], unit: str) -> None:
+    """Bars from left to right, one below the other, each a sum of terms; a term looks the same in all of them."""
+    terms = list(dict.fromkeys(term for own in bars.values() for term in own))
+    base = [0.0] * len(bars)
+    for i, term in enumerate(terms):
+        grey, hatch = _TERMS[i % len(_TERMS)]
+        sizes = [own.get(term, 0.0) for own in bars.values()]
+        ax.barh(
+            range(len(bars)), sizes, left=base, height=0.7, label=term, facecolor=grey, hatch=hatch,
+            edgecolor="black", linewidth=0.6,
+        )  # fmt: skip
+        base = [b + size for b, size in zip(base, sizes, strict=True)]
+    for row, end in enumerate(base):
+        ax.annotate(
+            f"{end:.3g} {unit}", (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8, zorder=4
+        )
+    ax.set_yticks(range(len(bars)), list(bars))
+    ax.set_ylim(len(bars) - 0.4, -0.6)
+    ax.margins(x=0.15)
+    _bare(ax)
+
+
+def _room(ax: Axes, room: float) -> None:
+    ax.axvline(room, color="#D55E00", linestyle="--", linewidth=1.5, zorder=3)
+    ax.annotate(f"room: {room:.0f} GB", (room, -0.6), fontsize=8, ha="center", va="bottom", color="#D55E00")
 
 
 def _heat_map(ax: Axes, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]], top: float) -> AxesImage:

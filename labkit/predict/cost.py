@@ -462,7 +462,7 @@ def deployment(
     if ep and not shape.moe:
         raise ModelError(f"ep=True: {model} has no experts to spread")
     split.heads(shape.heads, shape.kv_heads, tp)
-    split.layers(shape.layers, pp)
+    stages(shape, pp)
     if shape.moe and ep:
         split.experts(shape.moe.experts, layout.ep)
     if load.batch < 1 or load.context < 1 or load.prompt < 1:

@@ -33,10 +33,10 @@ def plan(
         objective: "latency" (TPOT with the sequences asked for) or "throughput" (tokens per second with a full memory).
 
     Returns `layouts`, the best first and those that don't fit last: `layout`, `fits`, `reason` (what it is good or bad for, or
-    why it does not fit), `memory_gb_per_gpu`; of those that fit `batch`, `tpot_ms`, `ttft_ms`, `tokens_per_s`, `terms`; the same
-    for as many sequences as fit, `max_batch`, `max_tpot_ms`, `max_tokens_per_s`; `pareto`: no other has both a lower TPOT and
-    a higher throughput. `recommended`: the first of them with `commands` that launch it, None if none fits. `refused`: how many
-    don't fit. Raises ModelError or ValueError.
+    why it does not fit), `memory_gb_per_gpu` and `memory`, its parts as in `predict`; of those that fit `batch`, `tpot_ms`,
+    `ttft_ms`, `tokens_per_s`, `terms`; the same for as many sequences as fit, `max_batch`, `max_tpot_ms`, `max_tokens_per_s`;
+    `pareto`: no other has both a lower TPOT and a higher throughput. `recommended`: the first of them with `commands` that
+    launch it, None if none fits. `refused`: how many don't fit. Raises ModelError or ValueError.
     """
     if gpus < 1:
         raise ValueError(f"gpus={gpus}: use 1 or more")
@@ -54,14 +54,15 @@ def plan(
     )  # fmt: skip
     rows, found = [], []
     for layout in layouts(shape, gpus):
-        row: dict[str, Any] = {"layout": layout.as_dict(), "fits": False, "memory_gb_per_gpu": None}
+        row: dict[str, Any] = {"layout": layout.as_dict(), "fits": False, "memory_gb_per_gpu": None, "memory": None}
         if why := misfit(shape, layout):
             rows.append(row | {"reason": why})
             continue
         at = deployment(
             model, hw, tp=layout.tp, pp=layout.pp, dp=layout.dp, ep=layout.expert_parallel, engine_=engine_, load=load
         )
-        row["memory_gb_per_gpu"] = at.memory()["total_gb"]
+        row["memory"] = at.memory()
+        row["memory_gb_per_gpu"] = row["memory"]["total_gb"]
         room = most_sequences(at)
         if rate is not None and room:
             at = with_rate(at, rate, output or 1, room)
@@ -89,6 +90,7 @@ def plan(
         "gpus": gpus,
         "objective": objective,
         "dtype": load.dtype,
+        "batch": load.batch,
         "context": context,
         "usable_gb_per_gpu": USABLE * hw.memory_gb,
         "layouts": best + rows,

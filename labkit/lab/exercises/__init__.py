@@ -3,11 +3,11 @@
 import difflib
 
 from labkit.lab.exercise import Exercise
-from labkit.lab.exercises import communication, expert, memory, pipeline, tensor
+from labkit.lab.exercises import communication, expert, memory, pipeline, planning, tensor
 
 EXERCISES: dict[str, Exercise] = {
     exercise.name: exercise
-    for subject in (memory, tensor, communication, pipeline, expert)
+    for subject in (memory, tensor, communication, pipeline, expert, planning)
     for exercise in subject.EXERCISES
 }
 

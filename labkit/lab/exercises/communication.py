@@ -14,7 +14,8 @@ from labkit import split
 from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
 from labkit.lab.exercise import Case, Exercise, Misconception, PerRank, Traffic
-from labkit.lab.exercises.memory import Shape, counted
+from labkit.lab.exercises.memory import LLAMA_70B, Shape, counted
+from labkit.predict.dryrun import dryrun
 
 Parts = list[torch.Tensor]  # one per rank
 
@@ -161,8 +162,12 @@ def served(model: Shape, prompts: list[list[int]], tokens: int, **options: Any) 
 
 @lru_cache(maxsize=64)
 def sent(model: Shape, tp: int) -> float:
-    """Bytes that one of `tp` real ranks sends in the all-reduces of all layers for one decoded token, counted by the engine."""
-    rows = served(model, [[1, 2, 3]], 3, tensor_parallel_size=tp)["comm"]
+    """Bytes that one of `tp` ranks sends in the all-reduces of all layers for one decoded token, as the engine counts them: on
+    real ranks, or in a dry run of what is too large for this machine."""
+    if model == LLAMA_70B:
+        rows = dryrun("llama-2-70b", tp=tp, context=16, device="cpu")["comm"]
+    else:
+        rows = served(model, [[1, 2, 3]], 3, tensor_parallel_size=tp)["comm"]
     ours = [r for r in rows if r["phase"] == "decode" and r["op"] == "all_reduce" and r["what"] in ("attention", "mlp")]
     return sum(r["wire_bytes_per_token"] for r in ours)
 
@@ -172,7 +177,7 @@ def _served_cases(rng: random.Random) -> list[Case]:
         hidden, kv_heads = 48 * rng.randrange(2, 7), rng.choice((4, 12))
         return Shape(rng.randrange(2, 6), hidden, hidden * 3 + 16, 12, kv_heads, 8, 96, False, element)
 
-    layouts = [(shape(2), 1), (shape(2), 2), (shape(4), 3), (shape(2), 4)]
+    layouts = [(shape(2), 1), (shape(2), 2), (shape(4), 3), (shape(2), 4), (LLAMA_70B, 4)]
     return [Case((model, tp), f"{model}, tp={tp}") for model, tp in layouts]
 
 

@@ -39,6 +39,11 @@ class Shape:
     def __str__(self) -> str:
         return f"{self.layers} layers of {self.hidden}, {self.heads} heads, {self.kv_heads} KV heads, {self.bytes_per_param} B"
 
+    @property
+    def total(self) -> int:
+        """Bytes of all weights."""
+        return counted(self, 1)[0]
+
     def config(self) -> tuple[ModelConfig, torch.dtype]:
         """What the engine makes a decoder of."""
         sizes = asdict(self)
