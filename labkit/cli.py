@@ -642,14 +642,17 @@ def lessons(
 
 @app.command()
 def grade(
-    paths: Annotated[list[Path], typer.Argument(help="exercise notebooks, or folders of them")],
-    csv: Annotated[Path | None, typer.Option(help="also write a CSV file")] = None,
+    paths: Annotated[
+        list[Path], typer.Argument(help="exercise notebooks, folders of them, or a folder with one for each student")
+    ],
+    csv: Annotated[Path | None, typer.Option(help="also write a CSV file, a row for each student and exercise")] = None,
+    jobs: Annotated[int, typer.Option(help="notebooks at once; each uses several cores")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run exercise notebooks and grade them. Exit 0 means that they could be graded, whatever the grade."""
     from labkit.lab import grade as grader
 
-    result = grader.grade(paths, csv)
+    result = grader.grade(paths, csv, jobs)
     finish(result, as_json, lambda: console.print(grader.table(result)))
 
 

@@ -22,7 +22,7 @@ LINES, WIDTH = 12, 120  # of what it prints that are shown
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """A folder for code to run in. At the end it is removed, with all that still runs of those that `confine` led there."""
-    folder = Path(tempfile.mkdtemp(prefix="labkit-scratch-"))
+    folder = Path(tempfile.mkdtemp(prefix="lab-"))
     (folder / "home").mkdir()
     try:
         yield folder

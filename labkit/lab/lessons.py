@@ -82,7 +82,7 @@ def _run_lesson(path: Path, profile: str, out: Path) -> dict[str, Any]:
 
 def _run_solution(path: Path) -> dict[str, Any]:
     began = time.perf_counter()
-    rows = grade.grade_notebook(path)
+    rows = grade.grade_notebook(grade.Submission("", path))
     seconds = time.perf_counter() - began
     wrong = [f"{row['name']}: {row['message']}" for row in rows if row["status"] not in ("passed", "blocked")]
     return {
