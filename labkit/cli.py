@@ -657,6 +657,49 @@ def grade(
 
 
 @app.command()
+def progress(as_json: Json = False) -> None:
+    """Where you stand: lessons run, exercises passed, and how near your predictions came."""
+    from labkit.lab import progress as learner
+
+    found = learner.progress()
+    result = found.as_dict()
+
+    def show() -> None:
+        columns = ("name", "status", "made")
+        _plain_table([{**{c: step[c] for c in columns}, "points": _points(step)} for step in found.steps])
+        if found.calibration:
+            names = {"guess": "you", "model": "formula", "measured": "measured", "unit": "unit"}
+            ratios = ("guess / measured", "model / measured")
+            _plain_table(
+                [
+                    {"prediction": row["name"], **{names[c]: row[c] for c in names}, **{c: row[c] for c in ratios}}
+                    for row in found.calibration
+                ]
+            )
+        for who, factor in result["typically_off_by"].items():
+            if factor:
+                print(
+                    f"{'your guesses' if who == 'guess' else 'formulas'} are typically off by a factor of {factor:.2f}"
+                )
+        print(f"{result['points']} of {result['max_points']} points. {found.advice()}")
+
+    finish(result, as_json, show)
+
+
+@app.command("next")
+def next_step(as_json: Json = False) -> None:
+    """What to do next: the first lesson or exercise that isn't done."""
+    from labkit.lab import progress as learner
+
+    found = learner.progress()
+    finish({"next": found.next, "next_lesson": found.next_lesson}, as_json, lambda: print(found.advice()))
+
+
+def _points(step: dict[str, Any]) -> str:
+    return f"{step['points']}/{step['max_points']}" if step["max_points"] else ""
+
+
+@app.command()
 def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a free one")] = 8888) -> None:
     """Open JupyterLab on the lessons (on loopback only)."""
     import subprocess
@@ -720,7 +763,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return "-" if value is None else str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 

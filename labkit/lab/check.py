@@ -1,7 +1,7 @@
 """`check(name, fn)`: runs the learner's function on fresh ranks and says what is right, what is wrong, and why.
 
 It knows exercises only through `labkit.lab.exercise`, and ranks only through `labkit.run`. Ranks import this file too, so it
-leaves pandas to the notebook: a second for each rank.
+leaves pandas and nbformat to the notebook: a second for each rank.
 """
 
 import contextlib
@@ -96,6 +96,8 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
 
     Raises ValueError for an exercise or a hint that doesn't exist; whatever `fn` does is in the result.
     """
+    from labkit.lab.progress import note_check
+
     exercise = find(name)
     last = len(exercise.hints)
     if hint is not None and not 1 <= hint <= last:
@@ -104,6 +106,8 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
     seed = random.SystemRandom().randrange(10_000) if seed is None else seed
     prints = Prints()
     ((status, message, rows),) = judge(exercise, [fn], exercise.cases(random.Random(seed)), prints)
+    points = exercise.points if status == "passed" else 0
+    note_check(name, status, points)
     tried = status in ("not yet", "hung")
     _attempts[name] += tried
     number = hint or (min(_attempts[name], last) if tried else 0)
@@ -112,7 +116,7 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
         name=name,
         status=status,
         seed=seed,
-        points=exercise.points if status == "passed" else 0,
+        points=points,
         max_points=exercise.points,
         message=message,
         attempt=_attempts[name] if tried else 0,

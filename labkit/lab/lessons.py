@@ -14,7 +14,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
-from labkit.lab import grade
+from labkit.lab import course, grade
 from labkit.lab.kernel import OwnKernel
 from labkit.measure.machine import usable_cores
 
@@ -29,7 +29,7 @@ def run_lessons(names: list[str], profile: str, out: Path) -> list[dict[str, Any
     """
     if profile not in CELL_TIMEOUT:
         raise ValueError(f"profile {profile!r}: use one of {', '.join(CELL_TIMEOUT)}")
-    root = _root()
+    root = course.root()
     lessons = sorted((root / "notebooks").glob("*.ipynb"))
     chosen = [_named(name, lessons) for name in names] or lessons
     solutions = [] if names else sorted((root / "solutions").glob("*.ipynb"))
@@ -97,15 +97,6 @@ def _run_solution(path: Path) -> dict[str, Any]:
 def _share(passed: Iterable[bool]) -> str:
     each = list(passed)
     return f"{sum(each)}/{len(each)}" if each else "-"
-
-
-def _root() -> Path:
-    """The folder with the lessons: this one or one above it, else the one that this package was installed from."""
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
-        if any((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-            return folder
-    raise ValueError(f"no notebooks/ with lessons in {here} or above it: run this in the lab's folder")
 
 
 def _named(name: str, lessons: list[Path]) -> Path:
