@@ -700,13 +700,14 @@ def _points(step: dict[str, Any]) -> str:
 
 
 @app.command()
-def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a free one")] = 8888) -> None:
-    """Open JupyterLab on the lessons (on loopback only)."""
-    import subprocess
+def lab(
+    port: Annotated[int, typer.Option(help="port on this machine; 0 takes a free one")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open it in a browser")] = True,
+) -> None:
+    """Open JupyterLab on a page with the lessons, your progress and the next step. On loopback only, behind a token."""
+    from labkit.lab import start
 
-    raise typer.Exit(
-        subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", "--ip=127.0.0.1", "notebooks"])
-    )
+    raise typer.Exit(start.serve(port, browser))
 
 
 def _range(text: str) -> tuple[int, int]:

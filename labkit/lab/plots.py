@@ -33,10 +33,13 @@ class Picture(Figure):
         FigureCanvasAgg(self)
         self.alt = alt
 
+    def png(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=110)
+        return file.getvalue()
+
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        png = io.BytesIO()
-        self.savefig(png, format="png", dpi=110)
-        data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": self.alt}
+        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
 
 
@@ -287,6 +290,29 @@ def gantt(trace: Sequence[Span], start_ms: float = 0.0, stop_ms: float | None = 
     ax.set(xlim=(start_ms, stop), yticks=ranks, yticklabels=[f"rank {r}" for r in ranks], xlabel="ms", title=title)
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _bare(ax)
+    return picture
+
+
+def lanes(stages: int, requests: int, tokens: int = 4) -> Picture:
+    """Who works on what while requests are decoded, if all ticks are alike: a column is a tick, a number a lane."""
+    busy, turns = min(stages, requests), range(tokens)
+    ticks = (tokens - 1) * stages + busy + stages - 1
+    idle = 1 - tokens * busy / ticks
+    picture = Picture(
+        f"{stages} stage(s), {requests} request(s) in flight, {tokens} tokens each: {ticks} ticks, of which a stage works in "
+        f"{tokens * busy}. The bubble is {idle:.2f}, {max(0, 1 - requests / stages):.2f} without filling and draining.",
+        (8, 0.8 + 0.35 * stages),
+    )
+    ax = picture.subplots()
+    for stage in range(stages):
+        for lane in range(busy):
+            for turn in turns:
+                tick = lane + turn * stages + stage
+                ax.barh(stage, 1, left=tick, height=0.9, **_style(stage))
+                ax.text(tick + 0.5, stage, str(lane), fontsize=8, ha="center", va="center", bbox=_PLATE)
+    ax.set(xlim=(0, ticks), ylim=(stages - 0.4, -0.6), xlabel="tick", yticks=range(stages))
+    ax.set_yticklabels([f"stage {stage}" for stage in range(stages)])
     _bare(ax)
     return picture
 

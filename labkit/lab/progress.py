@@ -159,19 +159,25 @@ class Progress:
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         got, most = self.points()
-        here = os.path.relpath(self.folder)
+        left = "style='text-align:left'"
         rows = []
         for step in self.steps:
-            target = html.escape(os.path.join(here, step["path"]) if here != "." else step["path"], quote=True)
-            link = f'<a href="{target}">{html.escape(step["title"])}</a>'
-            mark = {"not begun": "", "done": "&#10003; done", "passed": "&#10003; passed"}.get(
-                step["status"], step["status"]
-            )
+            begun = "" if step["status"] == "not begun" else step["status"]
+            mark = f"&#10003; {begun}" if begun in DONE else begun
             number = f"<b>{step['name'][:2]}</b>" if step["kind"] == "lesson" else "exercise"
-            rows.append(f"<tr><td>{number}</td><td>{link}</td><td>{mark}</td><td>{step['made']}</td></tr>")
-        head = "<tr><th></th><th>lesson or exercise</th><th>status</th><th>measured and passed</th></tr>"
-        page = f"<p>{html.escape(self.advice())}</p><table>{head}{''.join(rows)}</table><p>{got} of {most} points.</p>"
+            link = self._link(step)
+            rows.append(
+                f"<tr><td>{number}</td><td {left}>{link}</td><td {left}>{mark}</td><td>{step['made']}</td></tr>"
+            )
+        head = f"<tr><th></th><th {left}>lesson or exercise</th><th {left}>status</th><th>measured and passed</th></tr>"
+        advice = f"Next: {self._link(self.next)}" if self.next else self.advice()
+        page = f"<p><b>{advice}</b></p><table>{head}{''.join(rows)}</table><p>{got} of {most} points.</p>"
         return {"text/plain": str(self), "text/html": page}
+
+    def _link(self, step: dict[str, Any]) -> str:
+        """As seen from the folder that the notebook runs in."""
+        target = html.escape(os.path.relpath(self.folder / step["path"]), quote=True)
+        return f'<a href="{target}">{html.escape(step["title"])}</a>'
 
 
 def progress() -> Progress:
