@@ -707,7 +707,7 @@ def lab(
     """Open JupyterLab on a page with the lessons, your progress and the next step. On loopback only, behind a token."""
     from labkit.lab import start
 
-    raise typer.Exit(start.serve(port, browser))
+    start.serve(port, browser)
 
 
 def _range(text: str) -> tuple[int, int]:

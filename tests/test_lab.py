@@ -1,6 +1,7 @@
 """Checks, grading, lessons, predictions and figures: what only notebooks use."""
 
 import csv
+import html
 import json
 import random
 import sys
@@ -433,5 +434,6 @@ def test_every_figure_carries_alt_text_with_its_numbers():
     for figure, said in figures:
         data, metadata = figure._repr_mimebundle_()
         assert said in metadata["image/png"]["alt"] == data["text/plain"]
+        assert f'<img alt="{html.escape(data["text/plain"])}"' in data["text/html"]
         assert len(data["image/png"]) > 1000
     assert len(set(zip(plots.COLOURS, plots.HATCHES, strict=True))) == 8

@@ -1,6 +1,5 @@
 """`knob(draw, ...)`: sliders beside the picture that they change, in a notebook."""
 
-import base64
 import html
 from collections.abc import Callable
 
@@ -22,9 +21,7 @@ def knob(draw: Callable[..., Picture], **ranges: tuple[int, int, int]) -> ipywid
 
     def turn(_: object = None) -> None:
         picture = draw(**{name: slider.value for name, slider in sliders.items()})
-        data = base64.b64encode(picture.png()).decode()
-        text = html.escape(picture.alt)
-        shown.value = f'<img alt="{text}" src="data:image/png;base64,{data}"><p role="status">{text}</p>'
+        shown.value = f'{picture.html()}<p role="status">{html.escape(picture.alt)}</p>'
 
     for slider in sliders.values():
         slider.observe(turn, "value")

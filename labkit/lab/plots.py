@@ -7,6 +7,7 @@ stands beside them.
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -33,13 +34,19 @@ class Picture(Figure):
         FigureCanvasAgg(self)
         self.alt = alt
 
+    def html(self) -> str:
+        """The picture itself, and its text for who doesn't see it."""
+        data = base64.b64encode(self.png()).decode()
+        return f'<img alt="{escape(self.alt)}" src="data:image/png;base64,{data}">'
+
     def png(self) -> bytes:
         file = io.BytesIO()
         self.savefig(file, format="png", dpi=110)
         return file.getvalue()
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt}
+        html = self.html()  # JupyterLab gives a PNG no alt text, HTML it takes as it is; others look for a PNG
+        data = {"image/png": base64.b64encode(self.png()).decode(), "text/html": html, "text/plain": self.alt}
         return data, {"image/png": {"alt": self.alt}}
 
 

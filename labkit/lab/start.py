@@ -1,9 +1,9 @@
 """`labkit lab`: JupyterLab on a start page, a notebook with the map of the course, this learner's progress and the next step."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import nbformat
 from nbformat.sign import NotebookNotary
@@ -39,8 +39,8 @@ def page() -> nbformat.NotebookNode:
     return nb
 
 
-def serve(port: int, browser: bool) -> int:
-    """Writes the start page into the lab's folder and runs JupyterLab on it, until it ends; returns its exit code."""
+def serve(port: int, browser: bool) -> NoReturn:
+    """Writes the start page into the lab's folder, and becomes JupyterLab on it."""
     folder = course.root()
     os.chdir(folder)  # the page's links are as seen from there
     nb = page()
@@ -55,4 +55,4 @@ def serve(port: int, browser: bool) -> int:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container; it serves this machine alone, behind a token
     settings = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("JUPYTER_CONFIG_PATH"))))
-    return subprocess.call(command, env=os.environ | {"JUPYTER_CONFIG_PATH": settings})  # labconfig/: nothing pops up
+    os.execve(sys.executable, command, os.environ | {"JUPYTER_CONFIG_PATH": settings})  # labconfig/: nothing pops up
