@@ -58,6 +58,7 @@ class LLM:
         link: between the ranks, as "1gbit" or "200mbit,50us" (`labkit.links`); its measured rate is in the report.
         overlap: "none"; "chunks" (pieces of each prompt) or "two-batch" (two halves of the sequences) hide communication over
             a slow link behind computation (`labkit.parallel.overlap`).
+        enforce_eager: on GPUs, launch every kernel of a decode step by itself instead of repeating a CUDA graph.
         trace: keep what each rank did when, for `trace()`.
         debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
 
@@ -86,6 +87,7 @@ class LLM:
         shared_memory: bool = True,
         link: Link | str | None = None,
         overlap: str = "none",
+        enforce_eager: bool = False,
         trace: bool = False,
         debug: bool = False,
     ) -> None:
@@ -113,6 +115,7 @@ class LLM:
             kv_cache_tokens=None if kv_cache_tokens is None else _at_least_one("kv_cache_tokens", kv_cache_tokens),
             overlap=_one_of("overlap", overlap, MODES),
             spread=spread,
+            enforce_eager=enforce_eager,
             trace=trace,
             debug=debug,
         )

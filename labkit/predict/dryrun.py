@@ -117,7 +117,7 @@ def dryrun(
     dtype = config.dtype if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
-    options = EngineOptions(dtype, context, -(-batch // dp), step, seed=0, spread=spread)
+    options = EngineOptions(dtype, context, -(-batch // dp), step, seed=0, spread=spread, enforce_eager=True)
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device={device!r}: use 'cuda' or 'cpu'")
     library = guard() if device == "cuda" else None
