@@ -51,13 +51,26 @@ def exercises(folder: Path) -> list[Book]:
     return [_book(path) for path in sorted((folder / "exercises").glob("*.ipynb"))]
 
 
+def title(path: Path) -> str:
+    """The heading of a notebook."""
+    return _title(_prose(nbformat.read(path, as_version=4))) or path.stem
+
+
+def _prose(nb: NotebookNode) -> str:
+    return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
+
+
+def _title(prose: str) -> str:
+    found = re.search(r"^# (.+)", prose, flags=re.MULTILINE)
+    return found[1] if found else ""
+
+
 def _book(path: Path) -> Book:
     nb = nbformat.read(path, as_version=4)
-    prose = "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
-    title = re.search(r"^# (.+)", prose, flags=re.MULTILINE)
+    prose = _prose(nb)
     return Book(
         path,
-        title[1] if title else path.stem,
+        _title(prose) or path.stem,
         tuple(nb.metadata.get("labkit", {}).get("checks", ())),
         tuple(_predictions(nb)),
         tuple(dict.fromkeys(re.findall(r"\]\((?:\.\./exercises/)([\w-]+\.ipynb)\)", prose))),

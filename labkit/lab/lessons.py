@@ -1,6 +1,7 @@
 """`labkit lessons`: runs the lessons from top to bottom, measures and grades them, and keeps the executed notebooks."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,12 +10,11 @@ from typing import Any
 import nbformat
 import papermill
 import torch
-from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
-from labkit.lab import course, grade
+from labkit.lab import course, grade, site
 from labkit.lab.kernel import OwnKernel
 from labkit.measure.machine import usable_cores
 
@@ -24,8 +24,9 @@ CELL_TIMEOUT = {"ci": 180, "laptop": 600, "gpu": 600}  # seconds
 def run_lessons(names: list[str], profile: str, out: Path) -> list[dict[str, Any]]:
     """Runs the lessons called `names` ("03" or "03_tensor_parallel"), or all of them and then the solutions of the exercises.
 
-    Executed notebooks and HTML pages go to `out`. Returns one {name, status, seconds, grade, error} for each; status is passed,
-    failed or timed out, grade the checks passed of those in it. Raises ValueError for an unknown name or profile.
+    Executed notebooks go to `out`, with index.html and what it leads to (`labkit.lab.site`). Returns one {name, status, seconds,
+    grade, figures, error} for each; status is passed, failed or timed out, grade the checks passed of those in it, figures
+    what was predicted and measured. Raises ValueError for an unknown name or profile.
     """
     if profile not in CELL_TIMEOUT:
         raise ValueError(f"profile {profile!r}: use one of {', '.join(CELL_TIMEOUT)}")
@@ -39,6 +40,7 @@ def run_lessons(names: list[str], profile: str, out: Path) -> list[dict[str, Any
     for number, path in enumerate([*chosen, *solutions], 1):
         said.print(f"{number} of {len(chosen) + len(solutions)}: {path.relative_to(root)} ...", highlight=False)
         rows.append(_run_lesson(path, profile, out) if path in lessons else _run_solution(path))
+    said.print(f"read them: {site.write(root, out, rows)}", highlight=False)
     return rows
 
 
@@ -62,7 +64,7 @@ def _run_lesson(path: Path, profile: str, out: Path) -> dict[str, Any]:
         papermill.execute_notebook(
             path, executed, parameters={"PROFILE": profile, "RANKS": ranks, "SEED": 0}, cwd=path.parent,
             kernel_name="python3", kernel_manager_class=OwnKernel, execution_timeout=CELL_TIMEOUT[profile],
-            start_timeout=60, progress_bar=False,
+            start_timeout=60, progress_bar=sys.stderr.isatty(),
         )  # fmt: skip
     except PapermillExecutionError as failure:
         status, error = "failed", f"cell {failure.cell_index}: {failure.ename}: {failure.evalue}"
@@ -71,13 +73,14 @@ def _run_lesson(path: Path, profile: str, out: Path) -> dict[str, Any]:
     except Exception as failure:  # the other lessons go on
         status, error = "failed", f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - began
-    passed = []
+    passed, figures = [], []
     if executed.exists():
         nb = nbformat.read(executed, as_version=4)
-        executed.with_suffix(".html").write_text(HTMLExporter().from_notebook_node(nb)[0], encoding="utf-8")
-        found = grade.results(nb)
+        found, figures = grade.results(nb), site.predictions(nb)
         passed = [name in found and found[name]["status"] == "passed" for name in grade.checks(nb)]
-    return {"name": path.stem, "status": status, "seconds": seconds, "grade": _share(passed), "error": error}
+    return {
+        "name": path.stem, "status": status, "seconds": seconds, "grade": _share(passed), "figures": figures, "error": error,
+    }  # fmt: skip
 
 
 def _run_solution(path: Path) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def _run_solution(path: Path) -> dict[str, Any]:
         "status": "failed" if wrong else "passed",
         "seconds": seconds,
         "grade": _share(row["status"] == "passed" for row in rows),
+        "figures": [],
         "error": "; ".join(wrong),
     }
 

@@ -2,13 +2,14 @@
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
 from labkit.lab.progress import note_prediction, notes
 
+MIME = "application/vnd.labkit.prediction+json"
 Number = int | float | None
 
 
@@ -46,13 +47,13 @@ class Prediction:
 
     __repr__ = __str__
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         def row(values: tuple[str, str, str]) -> str:
             who, value, ratio = map(html.escape, values)
             return f"<tr><th style='text-align:left'>{who}</th><td style='text-align:right'>{value}</td><td>{ratio}</td></tr>"
 
         table = f"<table><caption>{html.escape(self.name)}</caption>{''.join(map(row, self.rows))}</table>"
-        return {"text/plain": str(self), "text/html": table}
+        return {"text/plain": str(self), "text/html": table, MIME: asdict(self)}
 
 
 class _PredictThen:
