@@ -348,6 +348,15 @@ def test_a_classroom_can_grade_with_pytest(tmp_path):
     assert (missing.id, missing.values[0]["status"]) == ("dan-memory.per_gpu", "not attempted")
 
 
+def test_a_check_in_a_notebook_has_a_progress_bar_that_goes_away(tmp_path):
+    cell = "from labkit import check\ncheck('memory.seventy_b', lambda tp: 1)"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    assert grading.execute(nb, tmp_path) == ""
+    bar, result = nb.cells[0].outputs
+    assert (bar.output_type, bar.data["text/html"]) == ("display_data", "")
+    assert result.data[MIME]["status"] == "not yet"
+
+
 def test_a_path_without_notebooks_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing.ipynb"):
         with pytest.raises(ValueError, match="use a notebook"):

@@ -8,10 +8,11 @@ import contextlib
 import html
 import linecache
 import random
+import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import PicklingError
@@ -40,6 +41,8 @@ _OVERWRITTEN = (
     "A tensor was changed after it had been handed to comm.send, and before it had left: send doesn't wait and keeps no "
     "copy, so the receiver gets what is there by then. Receive into another tensor, or send a clone."
 )
+Tell = Callable[[int, int], None]
+Verdict = tuple[str, str, list[dict[str, str]]]  # status, message, a row for each case
 _attempts: Counter[str] = Counter()
 
 
@@ -105,7 +108,8 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
     began = time.perf_counter()
     seed = random.SystemRandom().randrange(10_000) if seed is None else seed
     prints = Prints()
-    ((status, message, rows),) = judge(exercise, [fn], exercise.cases(random.Random(seed)), prints)
+    with _bar() as tell:
+        ((status, message, rows),) = judge(exercise, [fn], exercise.cases(random.Random(seed)), prints, tell)
     points = exercise.points if status == "passed" else 0
     note_check(name, status, points)
     tried = status in ("not yet", "hung")
@@ -128,11 +132,29 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
     )
 
 
-Verdict = tuple[str, str, list[dict[str, str]]]  # status, message, a row for each case
+@contextlib.contextmanager
+def _bar() -> Iterator[Tell]:
+    """A progress bar while a check runs in a notebook; elsewhere nothing."""
+    ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if not hasattr(ipython, "kernel"):
+        yield lambda done, of: None
+        return
+    from IPython.display import HTML, display
+
+    bar = display(HTML(""), display_id=True)
+    try:
+        yield lambda done, of: bar.update(HTML(f"<progress value='{done}' max='{of}'></progress> checking"))
+    finally:
+        bar.update(HTML(""))
 
 
-def judge(exercise: Exercise, fns: list[Any], cases: list[Case], prints: Prints) -> list[Verdict]:
-    """The verdict on each of `fns`, all run by the same ranks: one that ends or hangs these takes the others with it."""
+def judge(
+    exercise: Exercise, fns: list[Any], cases: list[Case], prints: Prints, tell: Tell = lambda done, of: None
+) -> list[Verdict]:
+    """The verdict on each of `fns`, all run by the same ranks: one that ends or hangs these takes the others with it.
+
+    tell: called with how many numbers of ranks are done, and how many there are and one more, for comparing.
+    """
     if exercise.gpus > torch.cuda.device_count():
         lacking = f"needs {exercise.gpus} GPU(s); this machine has {torch.cuda.device_count()}. Go on."
         return [("blocked", lacking, [])] * len(fns)
@@ -140,7 +162,9 @@ def judge(exercise: Exercise, fns: list[Any], cases: list[Case], prints: Prints)
     asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
     cases = sorted(cases, key=lambda case: case.ranks)
     outcomes: dict[int, list[list[_Outcome]]] = {i: [] for i in asked}  # of each function: of each case, on each rank
-    for ranks in sorted({case.ranks for case in cases}):
+    groups = sorted({case.ranks for case in cases})
+    for done, ranks in enumerate(groups):
+        tell(done, len(groups) + 1)
         if not (left := [i for i in asked if verdicts[i] is None]):
             break
         calls = [case.args for case in cases if case.ranks == ranks]
@@ -152,6 +176,7 @@ def judge(exercise: Exercise, fns: list[Any], cases: list[Case], prints: Prints)
             outcomes[i] += [list(case) for case in zip(*(rank[at] for rank in by_rank), strict=True)]
             if trouble := _trouble(exercise, [o for case in outcomes[i] for o in case]):
                 verdicts[i] = (*trouble, [])
+    tell(len(groups), len(groups) + 1)
     return [verdict or _compare(exercise, cases, outcomes[i]) for i, verdict in enumerate(verdicts)]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import nbformat
 import papermill
 import torch
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
@@ -77,10 +78,20 @@ def _run_lesson(path: Path, profile: str, out: Path) -> dict[str, Any]:
     if executed.exists():
         nb = nbformat.read(executed, as_version=4)
         found, figures = grade.results(nb), site.predictions(nb)
+        error = error or _noise(nb)
         passed = [name in found and found[name]["status"] == "passed" for name in grade.checks(nb)]
     return {
         "name": path.stem, "status": status, "seconds": seconds, "grade": _share(passed), "figures": figures, "error": error,
     }  # fmt: skip
+
+
+def _noise(nb: NotebookNode) -> str:
+    """What a reader would see as a warning, though nothing failed."""
+    for number, cell in enumerate(nb.cells):
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream" and output.name == "stderr" and output.text.strip():
+                return f"cell {number} says on stderr: {output.text.strip().splitlines()[0]}"
+    return ""
 
 
 def _run_solution(path: Path) -> dict[str, Any]:
