@@ -11,7 +11,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make lessons   set up, then run every lesson, measured and graded (PROFILE=ci, laptop or gpu)"
 	@echo "make test      set up, then check format, lint and types, and run the tests"
-	@echo "make lab       set up, then open JupyterLab at the first unfinished lesson"
+	@echo "make lab       set up, then open JupyterLab on the map of the course and your progress"
 	@echo "make env       only set up, so that $(BIN)/labkit works (PYTHON=python3.12 picks another Python)"
 	@echo "make lint      check format, lint and types"
 	@echo "make format    rewrite the code in the project's format"

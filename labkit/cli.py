@@ -749,25 +749,72 @@ def lessons(
 
 @app.command()
 def grade(
-    paths: Annotated[list[Path], typer.Argument(help="exercise notebooks, or folders of them")],
-    csv: Annotated[Path | None, typer.Option(help="also write a CSV file")] = None,
+    paths: Annotated[
+        list[Path], typer.Argument(help="exercise notebooks, folders of them, or a folder with one for each student")
+    ],
+    csv: Annotated[Path | None, typer.Option(help="also write a CSV file, a row for each student and exercise")] = None,
+    jobs: Annotated[int, typer.Option(help="notebooks at once; each uses several cores")] = 1,
     as_json: Json = False,
 ) -> None:
     """Run exercise notebooks and grade them. Exit 0 means that they could be graded, whatever the grade."""
     from labkit.lab import grade as grader
 
-    result = grader.grade(paths, csv)
+    result = grader.grade(paths, csv, jobs)
     finish(result, as_json, lambda: console.print(grader.table(result)))
 
 
 @app.command()
-def lab(port: Annotated[int, typer.Option(help="port on this machine; 0 takes a free one")] = 8888) -> None:
-    """Open JupyterLab on the lessons (on loopback only)."""
-    import subprocess
+def progress(as_json: Json = False) -> None:
+    """Where you stand: lessons run, exercises passed, and how near your predictions came."""
+    from labkit.lab import progress as learner
 
-    raise typer.Exit(
-        subprocess.call([sys.executable, "-m", "jupyterlab", f"--port={port}", "--ip=127.0.0.1", "notebooks"])
-    )
+    found = learner.progress()
+    result = found.as_dict()
+
+    def show() -> None:
+        columns = ("name", "status", "made")
+        _plain_table([{**{c: step[c] for c in columns}, "points": _points(step)} for step in found.steps])
+        if found.calibration:
+            names = {"guess": "you", "model": "formula", "measured": "measured", "unit": "unit"}
+            ratios = ("guess / measured", "model / measured")
+            _plain_table(
+                [
+                    {"prediction": row["name"], **{names[c]: row[c] for c in names}, **{c: row[c] for c in ratios}}
+                    for row in found.calibration
+                ]
+            )
+        for who, factor in result["typically_off_by"].items():
+            if factor:
+                print(
+                    f"{'your guesses' if who == 'guess' else 'formulas'} are typically off by a factor of {factor:.2f}"
+                )
+        print(f"{result['points']} of {result['max_points']} points. {found.advice()}")
+
+    finish(result, as_json, show)
+
+
+@app.command("next")
+def next_step(as_json: Json = False) -> None:
+    """What to do next: the first lesson or exercise that isn't done."""
+    from labkit.lab import progress as learner
+
+    found = learner.progress()
+    finish({"next": found.next, "next_lesson": found.next_lesson}, as_json, lambda: print(found.advice()))
+
+
+def _points(step: dict[str, Any]) -> str:
+    return f"{step['points']}/{step['max_points']}" if step["max_points"] else ""
+
+
+@app.command()
+def lab(
+    port: Annotated[int, typer.Option(help="port on this machine; 0 takes a free one")] = 8888,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="open it in a browser")] = True,
+) -> None:
+    """Open JupyterLab on a page with the lessons, your progress and the next step. On loopback only, behind a token."""
+    from labkit.lab import start
+
+    start.serve(port, browser)
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -824,7 +871,7 @@ def _ranges(numbers: list[int]) -> str:
 
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return "-" if value is None else str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
