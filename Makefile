@@ -5,17 +5,20 @@ PROFILE ?= ci
 BIN     := .venv/bin
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help env test lessons lab lint format bench-peers clean
+.PHONY: help env test lessons lab lint format bench-peers soak fuzz audit clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make lessons   set up, then run every lesson, measured and graded (PROFILE=ci, laptop or gpu)"
 	@echo "make test      set up, then check format, lint and types, and run the tests"
-	@echo "make lab       set up, then open JupyterLab at the first unfinished lesson"
+	@echo "make lab       set up, then open JupyterLab on the map of the course and your progress"
 	@echo "make env       only set up, so that $(BIN)/labkit works (PYTHON=python3.12 picks another Python)"
 	@echo "make lint      check format, lint and types"
 	@echo "make format    rewrite the code in the project's format"
 	@echo "make bench-peers   measure labkit, transformers, vLLM and llama.cpp in turn (installs them; half an hour the first time)"
+	@echo "make soak      200 random faults at random moments of running engines, with a table at the end (5 to 10 minutes)"
+	@echo "make fuzz      coverage-guided fuzzing of all that reads a model's files (FUZZ_SECONDS=600)"
+	@echo "make audit     look the installed packages up in the database of known vulnerabilities (needs the network)"
 	@echo "make clean     remove .venv, build/ and caches"
 
 env: .venv/.ready
@@ -61,6 +64,20 @@ lab: env
 
 bench-peers: env
 	$(BIN)/python docs/peers.py
+
+soak: env
+	$(BIN)/python tests/soak.py
+
+fuzz: env
+	$(PIP) -c constraints.txt atheris
+	$(BIN)/python tests/fuzz.py
+
+# Exit codes of pip-audit do not tell a vulnerability from a network that is not there: its words do.
+audit: env
+	@$(PIP) -c constraints.txt pip-audit || { echo "skipped: pip-audit can't be installed here"; exit 0; }; \
+	    out=$$($(BIN)/pip-audit --progress-spinner off --skip-editable 2>&1); code=$$?; echo "$$out"; \
+	    if echo "$$out" | grep -qE "ConnectionError|ServiceError|Max retries|Failed to (connect|establish)"; then \
+	    echo "skipped: the database of vulnerabilities can't be reached from here"; else exit $$code; fi
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

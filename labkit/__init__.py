@@ -11,8 +11,19 @@ _WHERE = {
     "run": "labkit.launch.local",
     "check": "labkit.lab.check",
     "predict_then": "labkit.lab.predict_then",
+    "progress": "labkit.lab.progress",
 }
-__all__ = ["LLM", "AsyncLLM", "Layout", "SamplingParams", "check", "load_ipython_extension", "predict_then", "run"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Layout",
+    "SamplingParams",
+    "check",
+    "load_ipython_extension",
+    "predict_then",
+    "progress",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,15 @@
 """What several test files share: the real model's prompts, and transformers' answers to them."""
 
+import os
+
 import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from labkit.model.find import find
+
+os.environ["LABKIT_PROGRESS"] = "off"  # tests don't learn
 
 QUESTIONS = [
     "What is the capital of France?",

@@ -1,6 +1,8 @@
 """Reading weights by slices, random weights, and what is refused: by name, before any rank starts."""
 
 import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from labkit import LLM
 from labkit.model.checkpoint import Checkpoint, Piece, RandomWeights
-from labkit.model.config import ModelConfig
 from labkit.model.errors import ModelError
 from labkit.model.find import find
 from labkit.split import LayoutError
@@ -68,6 +69,23 @@ def test_random_shapes_serve_token_ids_alike_in_every_layout() -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"num_key_value_heads": 4}, "num_attention_heads=6 is not a multiple of num_key_value_heads=4"),
         ({"vocab_size": None}, "vocab_size=None"),
+        ({"vocab_size": -1}, "vocab_size=-1"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000 can't be meant"),
+        ({"hidden_size": 48.0}, "hidden_size=48.0"),
+        ({"num_attention_heads": True}, "num_attention_heads=True"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 can't be meant: 1000 is the most"),
+        ({"num_hidden_layers": 5}, "has no tensor model.layers.4"),
+        ({"head_dim": 7}, "head_dim=7; an even number"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings=0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps='small'; a number above 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05; a number above 0"),
+        ({"eos_token_id": "x"}, "eos_token_id='x'; a token id"),
+        ({"eos_token_id": [None]}, "eos_token_id=\\[None\\]; a token id"),
+        ({"rope_parameters": "x"}, "rope parameters 'x'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope_theta=nan; a number above 0"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor=0; a number above 0"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "sliding_window='x'"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": "all"}, "mlp_only_layers='all'"),
     ],
 )
 def test_a_config_that_is_not_supported_is_named(folder: Path, changes: dict, said: str) -> None:
@@ -92,11 +110,6 @@ def test_a_context_beyond_the_sliding_window_is_refused(tmp_path: Path) -> None:
         LLM(str(tmp_path), max_model_len=64)
 
 
-def read_all(folder: Path) -> None:
-    cfg = ModelConfig.read(folder)
-    Checkpoint(folder).read(Piece(UP, (cfg.intermediate, cfg.hidden), 0, range(cfg.intermediate)))
-
-
 def truncate(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
@@ -116,6 +129,28 @@ def index_missing_file(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {UP: "other.safetensors"}}))
 
 
+def index_of(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_bytes(content)
+
+
+def only_pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def offsets(begin: int, end: int) -> Callable[[Path], object]:
+    """A header whose first tensor lies elsewhere."""
+
+    def damage(folder: Path) -> None:
+        data = (folder / "model.safetensors").read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + length])
+        header[UP]["data_offsets"] = [begin, end]
+        raw = json.dumps(header).encode()
+        (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :])
+
+    return damage
+
+
 def wrong_dtype(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, UP: tensors[UP].to(torch.int32)}, folder / "model.safetensors")
@@ -128,7 +163,18 @@ def wrong_dtype(folder: Path) -> None:
         (drop_tensor, f"has no tensor {UP}"),
         (index_outside, "not a plain file name"),
         (index_missing_file, "other.safetensors, which is missing"),
-        (wrong_dtype, "is torch.int32; supported are"),
+        (index_of(b"[" * 100_000), "is not an index of safetensors files"),
+        (index_of(b"\xff\xfe"), "is not an index of safetensors files"),
+        (index_of(b'{"weight_map": [1]}'), "is not an index of safetensors files"),
+        (index_of(json.dumps({"weight_map": {UP: "/etc/passwd"}}).encode()), "not a plain file name"),
+        (index_of(json.dumps({"weight_map": {UP: "."}}).encode()), "not a plain file name"),
+        (index_of(json.dumps({"weight_map": {UP: "config.json"}}).encode()), "has no tensor|is damaged or is not"),
+        (only_pickled, "pytorch_model.bin is pickled, which can run any code when it is loaded, and is not read"),
+        (offsets(10**9, 10**9 + 70 * 48 * 4), "is damaged or is not a safetensors file"),
+        (offsets(-8, 70 * 48 * 4 - 8), "is damaged or is not a safetensors file"),
+        (offsets(0, 70 * 48 * 4), "is damaged or is not a safetensors file"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not JSON"),
+        (wrong_dtype, "is I32; supported are F32, F16, BF16"),
         (
             lambda folder: edit_config(folder, intermediate_size=71),
             r"has shape \(70, 48\); config.json calls for \(71, 48\)",
@@ -140,8 +186,8 @@ def wrong_dtype(folder: Path) -> None:
 )
 def test_damaged_folders_end_in_a_model_error(folder: Path, damage: object, said: str) -> None:
     damage(folder)  # type: ignore[operator]
-    with pytest.raises(ModelError, match=said):
-        read_all(folder)
+    with pytest.raises(ModelError, match=said):  # which is no RankError: it is known before ranks start
+        LLM(str(folder))
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "random:no-such-shape", "/no/such/folder"])

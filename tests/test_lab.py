@@ -1,6 +1,7 @@
 """Checks, grading, lessons, predictions and figures: what only notebooks use."""
 
 import csv
+import html
 import json
 import random
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
+import psutil
 import pytest
 import torch.nn.functional as F
 
@@ -141,7 +143,7 @@ def test_what_is_not_written_yet_is_not_attempted(monkeypatch):
         assert (result.status, result.points, result.attempt, result.hint) == ("not attempted", 0, 0, "")
 
 
-def test_an_exception_is_told_with_the_learners_line_and_without_our_traceback(capsys):
+def test_an_exception_is_told_with_the_learners_line_and_without_our_traceback():
     def broken(model, tp):
         print("I got", tp)
         return model.layer / tp
@@ -151,7 +153,7 @@ def test_an_exception_is_told_with_the_learners_line_and_without_our_traceback(c
     assert "AttributeError: 'Shape' object has no attribute 'layer'" in result.message
     assert "return model.layer / tp" in result.message
     assert "Traceback" not in str(result) and "labkit/" not in str(result)
-    assert "[rank 0] I got" in capsys.readouterr().out
+    assert result.prints.startswith("[rank 0] I got")
 
 
 @pytest.mark.parametrize(
@@ -286,23 +288,73 @@ def test_whatever_happens_in_a_notebook_is_graded(tmp_path, monkeypatch, foreign
     notebook(tmp_path / "a.ipynb", *messy, checks=["memory.seventy_b", "memory.per_gpu"], kernel="no-such-kernel")
     notebook(tmp_path / "b.ipynb", "import os; os._exit(1)", SHOW, checks=["memory.seventy_b"])
     (tmp_path / "c.ipynb").write_text("not a notebook")
-    a, a2, b, c = grading.grade([tmp_path])["exercises"]
+    graded = grading.grade([tmp_path])
+    a, a2, b, c = graded["exercises"]
     assert (a["name"], a["status"], a["points"]) == ("memory.seventy_b", "passed", 1)
     assert (a2["name"], a2["status"], a2["max_points"]) == ("memory.per_gpu", "not attempted", 2)
     assert "ZeroDivisionError" in a2["message"]
     assert (b["status"], b["points"], b["max_points"]) == ("not attempted", 0, 1) and "kernel died" in b["message"]
     assert c["status"] == "not attempted" and "can be read" in c["message"]
-    grading.table({"exercises": [a, a2, b, c], "points": 1, "max_points": 4})
+    assert grading.table(graded).row_count == 7  # four checks, and the sums of three
 
 
-def test_the_solution_of_the_memory_exercise_passes():
-    nb = nbformat.read(ROOT / "solutions" / "memory_analysis.ipynb", as_version=4)
-    names = {"__name__": "solution"}
-    for cell in nb.cells:
-        if "answer" in cell.metadata.get("tags", []):
-            exec(cell.source, names)
-    results = {name: check(name, names[name.split(".")[1]]).status for name in nb.metadata.labkit.checks}
-    assert len(results) == 3 and set(results.values()) == {"passed"}
+MARK = "a-child-that-a-notebook-started"
+MESSY = f"""
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "{MARK}"])
+open("litter.txt", "w").write(os.environ["HOME"])
+assert os.getcwd() == os.environ["HOME"] == os.environ["TMPDIR"]
+import helper
+try:
+    kept = bytearray(10**10)
+    raise RuntimeError("10 GB")
+except MemoryError:
+    pass
+"""
+
+
+def test_a_class_is_graded_by_student_in_parallel_and_what_notebooks_do_stays_theirs(tmp_path):
+    for student in ("ann", "ben"):
+        (tmp_path / student).mkdir()
+    (tmp_path / "ann" / "helper.py").write_text("")
+    notebook(tmp_path / "ann" / "memory_analysis.ipynb", MESSY, SHOW, checks=["memory.seventy_b", "memory.kv_per_gpu"])
+    forged = SHOW.replace('"passed", "mess', '"excellent", "mess')
+    notebook(tmp_path / "ben" / "memory_analysis.ipynb", "import os; os._exit(0)", checks=["memory.seventy_b"])
+    notebook(tmp_path / "cleo.ipynb", forged, checks=["memory.seventy_b"])
+    before = sorted(tmp_path.rglob("*"))
+    graded = grading.grade([tmp_path], tmp_path / "grades.csv", jobs=2)
+    assert graded["students"] == [
+        {"student": "cleo", "points": 0, "max_points": 1},
+        {"student": "ann", "points": 1, "max_points": 3},
+        {"student": "ben", "points": 0, "max_points": 1},
+    ]
+    (messy,) = [row for row in graded["exercises"] if row["name"] == "memory.kv_per_gpu"]
+    assert messy["message"] == "no result of this check was shown"  # and no cell failed
+    assert "kernel died" in graded["exercises"][-1]["message"]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if MARK in (p.info["cmdline"] or ())]
+    with (tmp_path / "grades.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["student"], row["name"], row["points"]) for row in rows] == [
+        ("cleo", "memory.seventy_b", "0"), ("ann", "memory.seventy_b", "1"), ("ann", "memory.kv_per_gpu", "0"),
+        ("ben", "memory.seventy_b", "0"),
+    ]  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "grades.csv"])
+
+
+def test_a_classroom_can_grade_with_pytest(tmp_path):
+    notebook(tmp_path / "dan.ipynb", SHOW, checks=["memory.seventy_b", "memory.per_gpu"])
+    passed, missing = grading.cases(tmp_path)
+    assert (passed.id, passed.values[0]["status"]) == ("dan-memory.seventy_b", "passed")
+    assert (missing.id, missing.values[0]["status"]) == ("dan-memory.per_gpu", "not attempted")
+
+
+def test_a_check_in_a_notebook_has_a_progress_bar_that_goes_away(tmp_path):
+    cell = "from labkit import check\ncheck('memory.seventy_b', lambda tp: 1)"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    assert grading.execute(nb, tmp_path) == ""
+    bar, result = nb.cells[0].outputs
+    assert (bar.output_type, bar.data["text/html"]) == ("display_data", "")
+    assert result.data[MIME]["status"] == "not yet"
 
 
 def test_a_path_without_notebooks_is_refused(tmp_path):
@@ -403,5 +455,6 @@ def test_every_figure_carries_alt_text_with_its_numbers():
     for figure, said in figures:
         data, metadata = figure._repr_mimebundle_()
         assert said in metadata["image/png"]["alt"] == data["text/plain"]
+        assert f'<img alt="{html.escape(data["text/plain"])}"' in data["text/html"]
         assert len(data["image/png"]) > 1000
     assert len(set(zip(plots.COLOURS, plots.HATCHES, strict=True))) == 8

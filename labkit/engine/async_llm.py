@@ -16,6 +16,7 @@ from labkit.engine.outputs import TextStream, log_probabilities, request_output
 from labkit.engine.requests import (
     Abort,
     CompletionOutput,
+    InFlight,
     Progress,
     Request,
     RequestMetrics,
@@ -23,7 +24,7 @@ from labkit.engine.requests import (
     SamplingParams,
     Token,
 )  # fmt: skip
-from labkit.launch.local import RankError
+from labkit.launch.local import RankError, RankGroup
 from labkit.model.find import DEFAULT
 
 
@@ -48,13 +49,16 @@ class AsyncLLM:
     Attributes:
         llm: the tokenizer, the model, the layout. After `close`, its report is that of all that was served.
 
-    Raises what `LLM` raises, and RankError from every call once a rank has failed.
+    Raises what `LLM` raises, and RankError from every call once a rank has failed. With restart=True ranks are replaced instead,
+    and callers only wait longer.
     """
 
     def __init__(self, model: str = DEFAULT, **options: Any) -> None:
         self.llm = LLM(model, **options)
-        self._group = self.llm.ranks()
+        self._group: RankGroup | None = self.llm.ranks()  # None: they are being replaced
         self._lock = threading.Lock()  # messages reach all ranks in one order
+        self._in_flight = InFlight(self.llm.restart)
+        self._closing = False
         self._callers: dict[int, _Caller] = {}  # by request
         self._by_id: dict[str, _Caller] = {}
         self._next = 0
@@ -82,13 +86,17 @@ class AsyncLLM:
         began = time.perf_counter()
         caller = _Caller(frozenset(r.index for r in requests), asyncio.get_running_loop(), asyncio.Queue())
         self._by_id[name] = caller
-        self._callers |= dict.fromkeys(caller.indices, caller)
         samples: dict[int, tuple[Request, list[Token]]] = {r.index: (r, []) for r in requests}
         tokenizer = self.llm.tokenizer if self.llm.model.folder else None
         streams = {r.index: TextStream(r, tokenizer) for r in requests} if tokenizer else {}
         going = set(caller.indices)
         try:
-            self._send(requests)
+            with self._lock:
+                self._callers |= dict.fromkeys(caller.indices, caller)
+                if self._failed:  # since it was asked above
+                    raise self._failed
+                self._in_flight.add(requests)
+                self._send(requests)
             while going:
                 news = [await caller.tokens.get()]
                 while not caller.tokens.empty():
@@ -111,27 +119,31 @@ class AsyncLLM:
             self._totals["prompt_tokens"] += len(requests[0].prompt_ids)
             yield request_output(name, prompt, list(samples.values()), tokenizer)
         finally:
-            for index in caller.indices:
-                self._callers.pop(index, None)
             self._by_id.pop(name, None)
-            if going and not self._failed:
-                self._send(Abort(frozenset(going)))
+            with self._lock:
+                for index in caller.indices:
+                    self._callers.pop(index, None)
+                self._in_flight.forget(caller.indices)
+                if going and not self._failed:
+                    self._send(Abort(frozenset(going)))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its `generate` yields what there is, with finish_reason "abort". Nothing happens for one unknown."""
         if caller := self._by_id.get(request_id):
-            self._send(Abort(caller.indices))
+            with self._lock:
+                self._send(Abort(caller.indices))
             caller.tell(None)
 
     def stats(self) -> dict[str, int]:
         """Where the engine stands: requests running and waiting, blocks of KV cache used and there, on all replicas together;
-        preemptions, and tokens of prompts and outputs served so far."""
+        preemptions, restarts, and tokens of prompts and outputs served so far."""
         seen = self._progress.values()
         fields = {"running": "running", "waiting": "waiting", "kv_blocks_used": "blocks_used", "kv_blocks": "blocks"}
         sums = {name: sum(getattr(p, field) for p in seen) for name, field in fields.items()}
         if not self._callers:
             sums |= {"running": 0, "waiting": 0, "kv_blocks_used": 0}
-        return sums | {"preemptions": sum(p.preemptions for p in seen)} | self._totals
+        events = {"preemptions": sum(p.preemptions for p in seen), "restarts": self.llm.restarts}
+        return sums | events | self._totals
 
     @property
     def failed(self) -> BaseException | None:
@@ -141,7 +153,9 @@ class AsyncLLM:
     def close(self) -> None:
         """Ends the engine and its ranks. Callers that still wait get a RankError."""
         if self._reader.is_alive() and not self._failed:
-            self._send(None)
+            with self._lock:
+                self._closing = True
+                self._send(None)
             self._reader.join()
         self._fail(RankError("the engine has been closed"))
         self.llm.close()
@@ -152,28 +166,52 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         self.close()
 
-    def _send(self, message: list[Request] | Abort | None) -> None:
-        with self._lock:
+    def _send(self, message: list[Request] | Abort | str | None) -> None:
+        """To the ranks, if there are any: those that come will be told what matters by then. The caller has the lock."""
+        if self._group:
             self._group.send(message)
 
     def _read(self) -> None:
         """Hands out what the ranks send, in a thread of its own, until all replicas have said the end."""
-        replicas = self.llm.layout.dp
         try:
-            while replicas:
-                _, message = self._group.receive()
-                came = time.perf_counter()
-                if not isinstance(message, Progress):
-                    replicas -= 1
-                    self.llm.take_reports(message)
-                    continue
-                self._progress[message.replica] = message
-                self._totals["generation_tokens"] += len(message.tokens)
-                for token in message.tokens:
-                    if caller := self._callers.get(token.request):
-                        caller.tell((token, came))
+            while True:
+                try:
+                    return self._hand_out(self._group or self._restarted())
+                except RankError:
+                    with self._lock:
+                        self._group = None
+                        if self._closing or not self._in_flight.again():
+                            raise
+                    self.llm.close()
+                    self.llm.restarts += 1
         except BaseException as error:
             self._fail(error)
+
+    def _restarted(self) -> RankGroup:
+        group = self.llm.ranks()
+        with self._lock:
+            self._group = group
+            self._send(LIVE)
+            self._send(self._in_flight.left())
+            if self._closing:
+                self._send(None)
+        return group
+
+    def _hand_out(self, group: RankGroup) -> None:
+        replicas = self.llm.layout.dp
+        while replicas:
+            _, message = group.receive()
+            came = time.perf_counter()
+            if not isinstance(message, Progress):
+                replicas -= 1
+                self.llm.take_reports(message)
+                continue
+            self._progress[message.replica] = message
+            self._totals["generation_tokens"] += len(message.tokens)
+            self._in_flight.take(message.tokens)
+            for token in message.tokens:
+                if caller := self._callers.get(token.request):
+                    caller.tell((token, came))
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error

@@ -5,23 +5,30 @@ rank and runs in place, on every rank alike. It turns text into ids and back, an
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from labkit.comm import Comm, Event
 from labkit.engine.core import DTYPES, Engine, EngineOptions, Inbox
 from labkit.engine.outputs import TextStream, request_output
 from labkit.engine.report import assemble
-from labkit.engine.requests import Progress, Request, RequestOutput, SamplingParams, Token
-from labkit.launch.local import RankGroup, in_torchrun, join_torchrun, threads_per_rank
+from labkit.engine.requests import InFlight, Progress, Request, RequestOutput, SamplingParams, Token
+from labkit.launch.local import RankError, RankGroup, in_torchrun, join_torchrun, launchers, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
-from labkit.model.decoder import check_layout
+from labkit.model.checkpoint import Checkpoint
+from labkit.model.decoder import check_layout, tensors
 from labkit.model.errors import ModelError
 from labkit.model.find import DEFAULT, Model, find
 from labkit.parallel.expert import EXCHANGES, Spread
@@ -29,6 +36,7 @@ from labkit.parallel.overlap import MODES
 
 MEASURE_THE_LINK = "measure the link"  # messages to the ranks
 LIVE = "live"  # from now on, requests come one by one
+HANG = 10.0  # seconds that a rank may neither wait for another nor compute
 Prompt = str | list[int] | dict[str, list[int]]
 
 
@@ -41,6 +49,8 @@ class LLM:
         tensor_parallel_size, pipeline_parallel_size, data_parallel_size: degrees; each replica is tp x pp ranks.
         enable_expert_parallel: spread the experts of a mixture-of-experts model over the dp x tp ranks of each stage; off, each
             expert is cut over tp.
+        rank_order: which ranks are neighbours, and so on one host: tensor-parallel ones ("dp-pp-tp"), or by another order of
+            the three, as "dp-tp-pp", stages.
         expert_exchange: how tokens and experts meet then: "all_to_all", "all_gather" or "all_reduce" (`labkit.parallel.expert`).
         expert_placement: which rank has which expert: "contiguous", "round-robin", or by layer the experts of each rank, as
             `labkit.split.experts_by_load` makes them from the loads in a report.
@@ -55,14 +65,19 @@ class LLM:
         threads: torch threads of each rank; by default the cores shared out evenly.
         collective_timeout: seconds that a rank waits for another before the run is given up.
         shared_memory: ranks of one host talk through shared memory where they can; off, through sockets alone.
+        distributed_executor_backend: "mp", ranks on this machine, or "ray", on the nodes of a Ray cluster (`labkit.launch.ray`).
         link: between the ranks, as "1gbit" or "200mbit,50us" (`labkit.links`); its measured rate is in the report.
         overlap: "none"; "chunks" (pieces of each prompt) or "two-batch" (two halves of the sequences) hide communication over
             a slow link behind computation (`labkit.parallel.overlap`).
+        enforce_eager: on GPUs, launch every kernel of a decode step by itself instead of repeating a CUDA graph.
         trace: keep what each rank did when, for `trace()`.
         debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
+        restart: when a rank fails, start all ranks again, and go on with each request behind the last token that it has got. What
+            it gets is the same (but where numbers are so close that computing several tokens together tips them).
 
-    Raises ModelError for a model that isn't supported, LayoutError for degrees that don't fit it, both before any rank
-    starts; RankError when a rank fails. After a RankError the next call starts fresh ranks.
+    Raises ModelError for a model that is not supported or whose files are not whole, LayoutError for degrees that do not fit,
+    before any rank starts; RankError when a rank fails, with restart=True at the fourth time that no request could be finished
+    in between. After a RankError the next call starts fresh ranks.
     """
 
     def __init__(
@@ -73,6 +88,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        rank_order: str = "dp-pp-tp",
         expert_exchange: str = "all_to_all",
         expert_placement: str | Mapping[int, Sequence[Sequence[int]]] = "contiguous",
         dtype: str = "auto",
@@ -84,14 +100,17 @@ class LLM:
         threads: int | None = None,
         collective_timeout: float = 60.0,
         shared_memory: bool = True,
+        distributed_executor_backend: str = "mp",
         link: Link | str | None = None,
         overlap: str = "none",
+        enforce_eager: bool = False,
         trace: bool = False,
         debug: bool = False,
+        restart: bool = False,
     ) -> None:
         self.layout = Layout(
             tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size,
-            expert_parallel=enable_expert_parallel,
+            expert_parallel=enable_expert_parallel, order=rank_order,
         )  # fmt: skip
         self.model: Model = find(model)
         config = self.model.config
@@ -113,6 +132,7 @@ class LLM:
             kv_cache_tokens=None if kv_cache_tokens is None else _at_least_one("kv_cache_tokens", kv_cache_tokens),
             overlap=_one_of("overlap", overlap, MODES),
             spread=spread,
+            enforce_eager=enforce_eager,
             trace=trace,
             debug=debug,
         )
@@ -121,7 +141,11 @@ class LLM:
                 f"max_model_len={self.options.max_model_len}: sliding-window attention is not supported; "
                 f"use at most the window, {config.sliding_window}"
             )
-        self.threads = threads or threads_per_rank(self.layout.world)
+        if self.model.folder:
+            with closing(Checkpoint(self.model.folder)) as checkpoint:
+                checkpoint.check(tensors(config))
+        self._executor = _one_of("distributed_executor_backend", distributed_executor_backend, ("mp", "ray"))
+        self.threads = threads or (1 if self._executor == "ray" else threads_per_rank(self.layout.world))
         self._between: dict[str, Any] = {
             "collective_timeout": collective_timeout,
             "shared_memory": shared_memory,
@@ -129,15 +153,24 @@ class LLM:
         }
         link = Link.parse(link) if isinstance(link, str) else link
         self._group: RankGroup | None = None
+        self._idle = True  # the ranks have said all that they were asked
         self._engine: Engine | None = None
         self._tokens: list[list[Token]] = []
         self._rank_reports: list[dict[str, Any]] = []
         self._link: dict[str, Any] | None = None
+        self.restart, self.restarts = restart, 0
         if in_torchrun():
             if link:
                 raise ValueError(f"link={str(link)!r} under torchrun: links are emulated between local CPU ranks only")
-            comm = join_torchrun(self.layout, threads=self.threads, **self._between)
-            self._engine = Engine(self.model, comm, self.options)
+            if restart:
+                raise ValueError("restart=True under torchrun: ranks that it has started, it restarts (--max-restarts)")
+            if self._executor == "ray":
+                raise ValueError(
+                    "distributed_executor_backend='ray' under torchrun, which has started the ranks: use 'mp'"
+                )
+            comm = join_torchrun(self.layout, threads=threads, **self._between)
+            self.threads = torch.get_num_threads()
+            self._engine = _load(self.model, comm, self.options)
         else:
             self._between["link"] = link
             self._start()
@@ -155,20 +188,28 @@ class LLM:
 
         use_tqdm: show a progress bar, where it takes longer than two seconds.
         """
-        single = isinstance(prompts, str | dict) or _is_ids(prompts)
+        single = isinstance(prompts, str | bytes | dict) or not isinstance(prompts, Iterable) or _is_ids(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         requests = self.requests(many, sampling_params)
         tokens: dict[int, list[Token]] = {request.index: [] for samples in requests for request in samples}
-        with _bar(len(tokens), use_tqdm and self.leads) as bar:
-            for step in self._run([request for samples in requests for request in samples]):
-                for token in step:
-                    tokens[token.request].append(token)
-                    bar.update(token.finish_reason is not None)
         tokenizer = self.tokenizer if self.model.folder else None
-        return [
-            request_output(str(i), prompt, [(request, tokens[request.index]) for request in samples], tokenizer)
-            for i, (prompt, samples) in enumerate(zip(many, requests, strict=True))
-        ]
+
+        def outputs() -> list[RequestOutput]:
+            return [
+                request_output(str(i), prompt, [(request, tokens[request.index]) for request in samples], tokenizer)
+                for i, (prompt, samples) in enumerate(zip(many, requests, strict=True))
+            ]
+
+        try:
+            with _bar(len(tokens), use_tqdm and self.leads) as bar:
+                for step in self._run([request for samples in requests for request in samples]):
+                    for token in step:
+                        tokens[token.request].append(token)
+                        bar.update(token.finish_reason is not None)
+        except RankError as error:
+            error.outputs = outputs()
+            raise
+        return outputs()
 
     def chat(
         self, messages: list[dict[str, str]], sampling_params: SamplingParams | None = None
@@ -178,8 +219,11 @@ class LLM:
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[int]:
         """The token ids that the model's chat template makes of a conversation."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, AttributeError) as error:
+            raise ValueError(f"messages: the model's chat template refuses them: {error}") from error
+        return self._tokenized(text, add_special_tokens=False)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The output of one prompt, piece by piece as it is generated. Left before its end, the ranks have to start anew."""
@@ -198,7 +242,11 @@ class LLM:
             raise ModelError(f"{self.model.name} has no tokenizer: prompts must be token ids, and so are the outputs")
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model.folder, local_files_only=True)
+        try:
+            # Code that comes with a model is never run.
+            return AutoTokenizer.from_pretrained(self.model.folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{self.model.folder}: its tokenizer can't be loaded: {error}") from error
 
     @property
     def leads(self) -> bool:
@@ -213,7 +261,7 @@ class LLM:
         Fields: `labkit.engine.report.assemble`. Before the first `generate`, only what each rank holds.
         """
         report = assemble(self.layout, self.options, self.threads, self._rank_reports, self._tokens)
-        return report | {"link": self._link}
+        return report | {"link": self._link, "restarts": self.restarts}
 
     def trace(self) -> list[list[Event]]:
         """What each rank did in the last `generate`, in rank order (`labkit.measure.trace`). Needs LLM(trace=True)."""
@@ -239,6 +287,8 @@ class LLM:
         """The running ranks; starts them where there are none."""
         if self._engine:
             raise ValueError("under torchrun ranks run in place: there is nobody to send them messages")
+        if not self._idle:  # an interrupt came before they could be closed, or a stream was left open
+            self.close()
         return self._group or self._start()
 
     def take_reports(self, message: dict[str, Any]) -> None:
@@ -246,12 +296,13 @@ class LLM:
         self._rank_reports = message["ranks"]
 
     def _start(self) -> RankGroup:
-        group = RankGroup(
+        group = launchers("local" if self._executor == "mp" else "ray")(
             _serve,
             self.layout.world,
             args=(self.model, self.options),
             layout=self.layout,
             threads=self.threads,
+            hang_timeout=HANG,
             **self._between,
         )
         ready = dict(group.receive() for _ in range(self.layout.world))
@@ -262,7 +313,7 @@ class LLM:
                 group.send(MEASURE_THE_LINK)
                 rate = group.receive()[1]
             self._link = {"label": group.link_label, "asked_gbit_per_s": link.gbit_per_s, "measured_gbit_per_s": rate}
-        self._group = group
+        self._group, self._idle = group, True
         return group
 
     def _run(self, requests: list[Request]) -> Iterator[list[Token]]:
@@ -273,21 +324,42 @@ class LLM:
             yield step.tokens
 
     def _run_on_ranks(self, requests: list[Request]) -> Iterator[Progress]:
-        group = self.ranks()
-        finished = False
+        in_flight, began, self.restarts = InFlight(self.restart), time.perf_counter(), 0
+        in_flight.add(requests)
+        while True:
+            try:
+                for step in self._run_once(in_flight.left(), began if self.restarts else None):
+                    in_flight.take(step.tokens)
+                    yield step
+                return
+            except RankError:
+                if not in_flight.again():
+                    raise
+                self.restarts += 1
+
+    def _run_once(self, requests: list[Request], began: float | None) -> Iterator[Progress]:
+        """`began`: of ranks that go on where others have failed, when those began; times count from there."""
+        group, self._idle = self.ranks(), False
+        earlier = time.perf_counter() - began if began else 0.0
         try:
-            group.send(requests)
+            # A rank that has been stopped takes no message that is longer than a pipe. That it has shows below.
+            threading.Thread(target=group.send, args=(requests,), daemon=True).start()
             replicas = self.layout.dp
             while replicas:
                 _, message = group.receive()
                 if isinstance(message, Progress):
-                    yield message
+                    tokens = (
+                        [replace(t, seconds=t.seconds + earlier) for t in message.tokens] if began else message.tokens
+                    )
+                    yield replace(message, tokens=tokens)
                 else:
                     replicas -= 1
                     self.take_reports(message)
-            finished = True
+            for rank in self._rank_reports:
+                rank["seconds"] += earlier
+            self._idle = True
         finally:
-            if not finished:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use
+            if not self._idle:  # a rank failed, or the caller stopped half-way: what the ranks do now is of no use
                 self.close()
 
     def _run_in_place(self, engine: Engine, requests: list[Request]) -> Iterator[Progress]:
@@ -295,7 +367,8 @@ class LLM:
             yield from engine.generate(requests)
         else:  # replicas differ in what they serve: put it together at the end
             steps = list(engine.generate(requests))
-            replicas = engine.comm.gather_objects(steps)[:: self.layout.tp * self.layout.pp]
+            everyones = engine.comm.gather_objects(steps)
+            replicas = [everyones[rank] for rank in self.layout.peers(0, "dp")]
             yield from sorted((s for replica in replicas for s in replica), key=lambda s: s.tokens[0].seconds)
         self._rank_reports = engine.comm.gather_objects(engine.report())
 
@@ -315,6 +388,8 @@ class LLM:
             if params is None or isinstance(params, SamplingParams)
             else params
         )
+        if not isinstance(each, Sequence) or not all(isinstance(p, SamplingParams) for p in each):
+            raise TypeError(f"sampling_params={each!r:.50}: give a SamplingParams, or a list of one for each prompt")
         if len(each) != len(prompts):
             raise ValueError(
                 f"{len(each)} sampling_params for {len(prompts)} prompts: give one, or one for each prompt"
@@ -334,31 +409,50 @@ class LLM:
             raise ValueError(
                 f"prompt {prompt} has {len(ids)} tokens; max_model_len={self.options.max_model_len} leaves no room"
             )
-        if not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+        if not all(0 <= i < vocab for i in ids):
             raise ValueError(f"prompt {prompt} has token ids outside 0 to {vocab - 1}")
         if params.stops and not self.model.folder:
             raise ModelError(f"{self.model.name} has no tokenizer: stop={params.stop!r} can't be found in its output")
         if params.logprobs is not None and params.logprobs > vocab:
             raise ValueError(f"logprobs={params.logprobs}: use at most {vocab}, the size of the vocabulary")
-        ends = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.model.config.eos_ids))
-        seed = self.options.seed * 1_000_003 + index if params.seed is None else params.seed + sample
+        ends = set(params.stop_token_ids or ()) | (set() if params.ignore_eos else set(self.model.config.eos_ids))
+        seed = self.options.seed * 1_000_003 + index if params.seed is None else int(params.seed) + sample
         return Request(index, ids, params, seed, frozenset(ends), min(params.max_tokens, room))
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer(prompt).input_ids
+            return self._tokenized(prompt)
         if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
             prompt = prompt["prompt_token_ids"]
-        if not isinstance(prompt, list) or not all(isinstance(i, int) for i in prompt):
-            raise TypeError(
-                f"a prompt is a string, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(prompt).__name__}"
-            )
-        return prompt
+        if not isinstance(prompt, list | tuple) or not all(isinstance(i, Integral) for i in prompt):
+            odd = next((i for i in prompt if not isinstance(i, Integral)), None) if isinstance(prompt, list) else None
+            got = type(prompt).__name__ + (f" with {odd!r:.50} in it" if odd is not None else "")
+            raise TypeError(f"a prompt is a string, a list of token ids, or {{'prompt_token_ids': [...]}}; got {got}")
+        return [int(i) for i in prompt]
+
+    def _tokenized(self, text: str, **options: Any) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"a prompt holds {text[error.start]!r}, half a character, at position {error.start}"
+            ) from None
+        ids: list[int] = self.tokenizer(text, **options).input_ids
+        return ids
+
+
+def _load(model: Model, comm: Comm, options: EngineOptions) -> Engine:
+    engine = Engine(model, comm, options)
+    if not comm.mesh.on_one_host("world"):
+        from labkit.predict.placement import warn_of_parted_groups
+
+        warn_of_parted_groups(engine)
+    return engine
 
 
 def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
     """What each launched rank does: load, then serve one message of requests after another until the channel closes."""
-    engine = Engine(model, comm, options)
+    engine = _load(model, comm, options)
     channel.send(engine.report())
     leads = comm.mesh.pp_rank == comm.mesh.tp_rank == 0
     while True:
@@ -393,7 +487,7 @@ def _bar(total: int, shown: bool) -> tqdm:
 
 
 def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, int) for i in prompt)
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(i, Integral) for i in prompt)
 
 
 def chosen_dtype(asked: str, checkpoint: str) -> str:

@@ -38,12 +38,10 @@ class TextStream:
         return self.whole[before : self.shown]
 
 
-def request_output(
-    request_id: str, prompt: object, samples: Sequence[Sample], tokenizer: Any, arrived: float = 0.0
-) -> RequestOutput:
-    """The outputs for one prompt, all finished. `arrived`: when it came, on the clock of the tokens' times. tokenizer: None for a
-    model without one."""
-    first, last = (pick(tokens[at].seconds - arrived for _, tokens in samples) for pick, at in ((min, 0), (max, -1)))
+def request_output(request_id: str, prompt: object, samples: Sequence[Sample], tokenizer: Any) -> RequestOutput:
+    """The outputs for one prompt, all finished, or cut off by an error. tokenizer: None for a model without one."""
+    times = [token.seconds for _, tokens in samples for token in tokens]
+    first, last = min(times, default=0.0), max(times, default=0.0)
     longest = max(len(tokens) for _, tokens in samples)
     return RequestOutput(
         request_id=request_id,
@@ -52,22 +50,22 @@ def request_output(
         outputs=[_completion(i, *sample, tokenizer) for i, sample in enumerate(samples)],
         finished=True,
         metrics=RequestMetrics(
-            queue_s=min(tokens[0].queued for _, tokens in samples),
+            queue_s=min((tokens[0].queued for _, tokens in samples if tokens), default=0.0),
             ttft_s=first,
             tpot_s=(last - first) / (longest - 1) if longest > 1 else None,
-            tokens_per_s=sum(len(tokens) for _, tokens in samples) / last,
+            tokens_per_s=len(times) / last if times else 0.0,
         ),
     )
 
 
 def _completion(index: int, request: Request, tokens: list[Token], tokenizer: Any) -> CompletionOutput:
     ids = [t.id for t in tokens]
-    reason = tokens[-1].finish_reason
+    reason = tokens[-1].finish_reason or "error" if tokens else "error"
     stop_reason: int | str | None = None
     by_token = reason == "stop" and ids[-1] in request.stop_ids
     text = tokenizer.decode(ids[:-1] if by_token else ids, skip_special_tokens=True) if tokenizer else ""
     if by_token:
-        stop_reason = ids[-1] if ids[-1] in request.params.stop_token_ids else None
+        stop_reason = ids[-1] if ids[-1] in (request.params.stop_token_ids or ()) else None
     elif found := [(text.find(stop), stop) for stop in request.params.stops if stop in text]:
         at, stop_reason = min(found)
         text = text[:at]

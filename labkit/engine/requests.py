@@ -1,7 +1,21 @@
 """What a caller asks for and what comes back, with vLLM's names and meanings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
+from numbers import Integral, Real
+from typing import Any
+
+RESTARTS = 3  # of ranks that fail, until a request finishes
+
+
+def _whole(value: Any, low: float = -inf, high: float = inf) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and low <= int(value) <= high
+
+
+def _real(value: Any, low: float = -inf, high: float = inf) -> bool:
+    """A number that is neither infinite nor NaN."""
+    return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value) and low <= float(value) <= high
 
 
 @dataclass(frozen=True)
@@ -36,37 +50,53 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     max_tokens: int = 16
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        inf = float("inf")
-        for name, value, fits, legal in (
-            ("n", self.n, self.n >= 1, "1 or more"),
-            ("temperature", self.temperature, 0 <= self.temperature < inf, "a number from 0 (greedy) up"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "a number above 0, up to 1"),
-            ("top_k", self.top_k, self.top_k >= -1, "0 or -1 (all tokens), or how many to keep"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            ("presence_penalty", self.presence_penalty, -2 <= self.presence_penalty <= 2, "a number from -2 to 2"),
-            ("frequency_penalty", self.frequency_penalty, -2 <= self.frequency_penalty <= 2, "a number from -2 to 2"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < inf, "a number above 0"),
-            ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
-            ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None, or 0 or more"),
-            ("stop", self.stop, "" not in self.stops, "strings that are not empty"),
+        stop: Any = self.stop or ()
+        ids: Any = self.stop_token_ids or ()
+        for name, fits, legal in (
+            ("n", _whole(self.n, 1, 2**14), "a whole number from 1 to 16384"),
+            ("temperature", _real(self.temperature, 0), "a number from 0 (greedy) up"),
+            ("top_p", _real(self.top_p, 0, 1) and self.top_p > 0, "a number above 0, up to 1"),
+            ("top_k", _whole(self.top_k, -1), "0 or -1 (all tokens), or the whole number of those to keep"),
+            ("min_p", _real(self.min_p, 0, 1), "a number from 0 to 1"),
+            ("presence_penalty", _real(self.presence_penalty, -2, 2), "a number from -2 to 2"),
+            ("frequency_penalty", _real(self.frequency_penalty, -2, 2), "a number from -2 to 2"),
+            (
+                "repetition_penalty",
+                _real(self.repetition_penalty, 0) and self.repetition_penalty > 0,
+                "a number above 0",
+            ),
+            ("seed", self.seed is None or _whole(self.seed), "None, or a whole number"),
+            ("max_tokens", _whole(self.max_tokens, 1), "a whole number, 1 or more"),
+            ("logprobs", self.logprobs is None or _whole(self.logprobs, 0), "None, or a whole number, 0 or more"),
+            (
+                "stop",
+                isinstance(stop, Iterable) and all(isinstance(each, str) and each for each in self.stops),
+                "strings that are not empty",
+            ),
+            ("stop_token_ids", isinstance(ids, Iterable) and all(map(_whole, ids)), "a list of token ids"),
         ):
             if not fits:
-                raise ValueError(f"{name}={value!r}: use {legal}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: use {legal}")
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken: as in vLLM, also where logits / temperature would overflow."""
+        return self.temperature < 1e-5
 
     @property
     def restricts(self) -> bool:
         """Whether it leaves out tokens, which is a question about the whole vocabulary."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return not self.greedy and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
     @property
     def penalises(self) -> bool:
@@ -112,6 +142,45 @@ class Request:
         if any(stop in self.text for stop in self.params.stops):
             return "stop"
         return "length" if len(self.output_ids) >= self.max_tokens else None
+
+
+class InFlight:
+    """Requests that ranks are serving, as their caller knows them: when ranks fail, others can go on from here.
+
+    What a request has got so far goes before what is still to come, so its noise, penalties and limits stay what they were. Two
+    threads may use it.
+    """
+
+    def __init__(self, restart: bool) -> None:
+        self._restart = restart
+        self._requests: dict[int, Request] = {}
+        self._in_vain = 0  # restarts since a request has finished
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self._requests |= {request.index: request for request in requests}
+
+    def take(self, tokens: Iterable["Token"]) -> None:
+        """Notes what the ranks send."""
+        for token in tokens:
+            if request := self._requests.get(token.request):
+                request.take(token.id)
+                request.recompute = len(request.tokens) - 1
+                if token.finish_reason:
+                    self.forget([token.request])
+                    self._in_vain = 0
+
+    def forget(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self._requests.pop(index, None)
+
+    def left(self) -> list[Request]:
+        """What other ranks are to go on with, in order of arrival."""
+        return list(self._requests.values())
+
+    def again(self) -> bool:
+        """Whether ranks that have failed are to be replaced: if that is wanted, and was not in vain time after time."""
+        self._in_vain += 1
+        return self._restart and self._in_vain <= RESTARTS
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParalle
         scores = scores.clone()
         for row, request in zip(scores, requests, strict=True):
             _penalise(row, request, head.rows)
-    ids = head.argmax(scores) if all(p.temperature == 0 for p in params) else _draw(scores, requests, head)
+    ids = head.argmax(scores) if all(p.greedy for p in params) else _draw(scores, requests, head)
     if wanted is None or logprobs is None:
         return ids
     top = logprobs.topk(wanted)
@@ -54,7 +54,7 @@ def _draw(scores: torch.Tensor, requests: Sequence[Request], head: VocabParallel
     vocab = head.parts[-1].stop
     for row, request in zip(scores, requests, strict=True):
         p = request.params
-        if p.temperature == 0:
+        if p.greedy:
             continue
         row /= p.temperature
         if restricted:
@@ -94,7 +94,7 @@ def _restrict(row: torch.Tensor, top_k: int, top_p: float, min_p: float) -> None
         ordered, order = row.sort(descending=True)
         probabilities = ordered.softmax(dim=-1)
         before = probabilities.cumsum(dim=-1) - probabilities
-        row[order[before >= top_p]] = -torch.inf
+        row[order[1:][before[1:] >= top_p]] = -torch.inf  # the first stays, however small top_p is
     if min_p > 0:
         probabilities = row.softmax(dim=-1)
         row[probabilities < min_p * probabilities.max()] = -torch.inf

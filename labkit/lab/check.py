@@ -1,16 +1,18 @@
 """`check(name, fn)`: runs the learner's function on fresh ranks and says what is right, what is wrong, and why.
 
 It knows exercises only through `labkit.lab.exercise`, and ranks only through `labkit.run`. Ranks import this file too, so it
-leaves pandas to the notebook: a second for each rank.
+leaves pandas and nbformat to the notebook: a second for each rank.
 """
 
+import contextlib
 import html
 import linecache
 import random
+import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import PicklingError
@@ -21,6 +23,7 @@ import torch
 from labkit.comm import Comm, CommError
 from labkit.lab.exercise import Case, Exercise, PerRank, Traffic
 from labkit.lab.exercises import find
+from labkit.lab.isolate import MEMORY, Prints, confine, scratch
 from labkit.launch.local import RankError, run
 
 MIME = "application/vnd.labkit.check+json"
@@ -38,12 +41,17 @@ _OVERWRITTEN = (
     "A tensor was changed after it had been handed to comm.send, and before it had left: send doesn't wait and keeps no "
     "copy, so the receiver gets what is there by then. Receive into another tensor, or send a clone."
 )
+Tell = Callable[[int, int], None]
+Verdict = tuple[str, str, list[dict[str, str]]]  # status, message, a row for each case
 _attempts: Counter[str] = Counter()
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found. `status` is one of MARKS; `cases` has a row (case, yours, expected, compared) for each."""
+    """What a check found. `status` is one of MARKS; `cases` has a row (case, yours, expected, compared) for each.
+
+    prints: what the learner's code printed, trimmed. seconds: all that the check took.
+    """
 
     name: str
     status: str
@@ -54,6 +62,8 @@ class CheckResult:
     attempt: int = 0
     hint: str = ""
     replay: str = ""
+    prints: str = ""
+    seconds: float = 0.0
     cases: list[dict[str, str]] = field(default_factory=list)
 
     @property
@@ -63,7 +73,9 @@ class CheckResult:
 
     def __str__(self) -> str:
         table = _frame(self.cases).to_string(index=False) if self.cases else ""
-        return "\n".join(part for part in (f"{self.title}: {self.message}", table, self.hint, self.replay) if part)
+        printed = f"It printed:\n{self.prints}" if self.prints else ""
+        parts = (f"{self.title}: {self.message}", table, printed, self.hint, self.replay)
+        return "\n".join(part for part in parts if part)
 
     __repr__ = __str__
 
@@ -71,6 +83,8 @@ class CheckResult:
         said = [html.escape(part).replace("\n", "<br>") for part in (self.message, self.hint, self.replay)]
         table = _frame(self.cases).to_html(index=False, justify="left", border=0) if self.cases else ""
         body = "".join(f"<p style='margin:.4em 0'>{part}</p>" for part in said if part)
+        if self.prints:
+            table += f"<p style='margin:.4em 0'>It printed:</p><pre>{html.escape(self.prints)}</pre>"
         style = f"border-left:5px solid {MARKS[self.status][1]};padding:.2em .8em;max-width:60em"
         page = f"<div role='status' style='{style}'><b>{html.escape(self.title)}</b>{body}{table}</div>"
         return {"text/plain": str(self), "text/html": page, MIME: asdict(self)}
@@ -85,12 +99,19 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
 
     Raises ValueError for an exercise or a hint that doesn't exist; whatever `fn` does is in the result.
     """
+    from labkit.lab.progress import note_check
+
     exercise = find(name)
     last = len(exercise.hints)
     if hint is not None and not 1 <= hint <= last:
         raise ValueError(f"hint={hint}: {name} has hints 1 to {last}")
+    began = time.perf_counter()
     seed = random.SystemRandom().randrange(10_000) if seed is None else seed
-    status, message, rows = _judge(exercise, fn, exercise.cases(random.Random(seed)))
+    prints = Prints()
+    with _bar() as tell:
+        ((status, message, rows),) = judge(exercise, [fn], exercise.cases(random.Random(seed)), prints, tell)
+    points = exercise.points if status == "passed" else 0
+    note_check(name, status, points)
     tried = status in ("not yet", "hung")
     _attempts[name] += tried
     number = hint or (min(_attempts[name], last) if tried else 0)
@@ -99,46 +120,90 @@ def check(name: str, fn: Callable[..., Any], *, seed: int | None = None, hint: i
         name=name,
         status=status,
         seed=seed,
-        points=exercise.points if status == "passed" else 0,
+        points=points,
         max_points=exercise.points,
         message=message,
         attempt=_attempts[name] if tried else 0,
         hint=f"Hint {number} of {last}: {exercise.hints[number - 1]}" if number else "",
         replay=replay if tried else "",
+        prints=str(prints),
+        seconds=time.perf_counter() - began,
         cases=rows,
     )
 
 
-Verdict = tuple[str, str, list[dict[str, str]]]  # status, message, a row for each case
+@contextlib.contextmanager
+def _bar() -> Iterator[Tell]:
+    """A progress bar while a check runs in a notebook; elsewhere nothing."""
+    ipython = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if not hasattr(ipython, "kernel"):
+        yield lambda done, of: None
+        return
+    from IPython.display import HTML, display
+
+    bar = display(HTML(""), display_id=True)
+    try:
+        yield lambda done, of: bar.update(HTML(f"<progress value='{done}' max='{of}'></progress> checking"))
+    finally:
+        bar.update(HTML(""))
 
 
-def _judge(exercise: Exercise, fn: Any, cases: list[Case]) -> Verdict:
+def judge(
+    exercise: Exercise, fns: list[Any], cases: list[Case], prints: Prints, tell: Tell = lambda done, of: None
+) -> list[Verdict]:
+    """The verdict on each of `fns`, all run by the same ranks: one that ends or hangs these takes the others with it.
+
+    tell: called with how many numbers of ranks are done, and how many there are and one more, for comparing.
+    """
     if exercise.gpus > torch.cuda.device_count():
-        return "blocked", f"needs {exercise.gpus} GPU(s); this machine has {torch.cuda.device_count()}. Go on.", []
+        lacking = f"needs {exercise.gpus} GPU(s); this machine has {torch.cuda.device_count()}. Go on."
+        return [("blocked", lacking, [])] * len(fns)
+    verdicts: list[Verdict | None] = [_no_function(exercise, fn) for fn in fns]
+    asked = [i for i, verdict in enumerate(verdicts) if verdict is None]
+    cases = sorted(cases, key=lambda case: case.ranks)
+    outcomes: dict[int, list[list[_Outcome]]] = {i: [] for i in asked}  # of each function: of each case, on each rank
+    groups = sorted({case.ranks for case in cases})
+    for done, ranks in enumerate(groups):
+        tell(done, len(groups) + 1)
+        if not (left := [i for i in asked if verdicts[i] is None]):
+            break
+        calls = [case.args for case in cases if case.ranks == ranks]
+        by_rank = _on_ranks(ranks, [fns[i] for i in left], calls, exercise.spmd, prints)
+        for at, i in enumerate(left):
+            if not isinstance(by_rank, list):
+                verdicts[i] = by_rank
+                continue
+            outcomes[i] += [list(case) for case in zip(*(rank[at] for rank in by_rank), strict=True)]
+            if trouble := _trouble(exercise, [o for case in outcomes[i] for o in case]):
+                verdicts[i] = (*trouble, [])
+    tell(len(groups), len(groups) + 1)
+    return [verdict or _compare(exercise, cases, outcomes[i]) for i, verdict in enumerate(verdicts)]
+
+
+def _no_function(exercise: Exercise, fn: Any) -> Verdict | None:
     if fn is None or fn is Ellipsis:
         return "not attempted", f"write {exercise.call} first.", []
     if not callable(fn):
         wanted = exercise.call.split("(")[0]
         return "not yet", f"hand in the function {wanted} itself, not a result of type {type(fn).__name__}.", []
-    cases = sorted(cases, key=lambda case: case.ranks)
-    outcomes: list[list[_Outcome]] = []  # of each case, on each of its ranks
-    for ranks in sorted({case.ranks for case in cases}):
-        work = (fn, [case.args for case in cases if case.ranks == ranks], exercise.spmd)
+    return None
+
+
+def _on_ranks(
+    ranks: int, fns: list[Any], calls: list[tuple[Any, ...]], spmd: bool, prints: Prints
+) -> "list[list[list[_Outcome]]] | Verdict":
+    """What each rank made of the calls of each function; or what it says to the learner if the ranks didn't get that far."""
+    with scratch() as folder, contextlib.redirect_stdout(prints), contextlib.redirect_stderr(prints):
+        work = (folder, fns, calls, spmd)
         try:
-            by_rank = run(_on_rank, ranks, TIMEOUT, args=work, collective_timeout=TIMEOUT / 2)
+            return run(_on_rank, ranks, TIMEOUT, args=work, collective_timeout=TIMEOUT / 2)
         except RankError as error:  # one without a rank to blame is a time-out
             said = _readable(str(error))
-            return "hung" if error.rank is None else "not yet", f"{said}\n{_RULE}" if " waited " in said else said, []
+            status = "hung" if error.rank is None else "not yet"
+            return status, f"{said}\n{_RULE}" if " waited " in said else said, []
         except (TypeError, PicklingError) as error:
-            return (
-                "not yet",
-                f"it can't be sent to another process: {error}. Use arguments, imports, small helpers.",
-                [],
-            )
-        outcomes += [list(case) for case in zip(*by_rank, strict=True)]
-        if trouble := _trouble(exercise, [o for case in outcomes for o in case]):
-            return *trouble, []
-    return _compare(exercise, cases, outcomes)
+            unsent = f"it can't be sent to another process: {error}. Use arguments, imports, small helpers."
+            return "not yet", unsent, []
 
 
 class _Outcome(NamedTuple):
@@ -186,8 +251,16 @@ class _Watched:
         return Traffic(dict(+calls), sum(tally.wire_bytes for tally in self._comm.tallies.values()), self._overwritten)
 
 
-def _on_rank(comm: Comm, fn: Callable[..., Any], calls: list[tuple[Any, ...]], spmd: bool) -> list[_Outcome]:
-    """Runs on each rank: one call after another, up to the first that fails."""
+def _on_rank(
+    comm: Comm, folder: Path, fns: list[Callable[..., Any]], calls: list[tuple[Any, ...]], spmd: bool
+) -> list[list[_Outcome]]:
+    """Runs on each rank."""
+    confine(folder, MEMORY if comm.device.type == "cpu" else None)  # a GPU's driver reserves any amount of addresses
+    return [_called(comm, fn, calls, spmd) for fn in fns]
+
+
+def _called(comm: Comm, fn: Callable[..., Any], calls: list[tuple[Any, ...]], spmd: bool) -> list[_Outcome]:
+    """One call after another, up to the first that fails."""
     outcomes: list[_Outcome] = []
     for args in calls:
         comm.reset()
@@ -220,7 +293,10 @@ def _raised(error: BaseException, fn: Any) -> _Outcome:
     own = getattr(getattr(fn, "__code__", None), "co_filename", None)
     lines = [(f.filename, f.lineno or 0) for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
     kind = "lost" if isinstance(error, CommError) else "raised"
-    return _Outcome(kind, text=f"{type(error).__name__}: {error}", where=lines[-1] if lines else None)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        text = f"{type(error).__name__}: there is no more memory. A check gives each rank {MEMORY / 1e9:g} GB."
+    return _Outcome(kind, text=text, where=lines[-1] if lines else None)
 
 
 def _trouble(exercise: Exercise, outcomes: list[_Outcome]) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """`labkit lessons`: runs the lessons from top to bottom, measures and grades them, and keeps the executed notebooks."""
 
 import logging
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 import nbformat
 import papermill
 import torch
-from nbconvert import HTMLExporter
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.table import Table
 
-from labkit.lab import grade
+from labkit.lab import course, grade, site
 from labkit.lab.kernel import OwnKernel
 from labkit.measure.machine import usable_cores
 
@@ -24,12 +25,13 @@ CELL_TIMEOUT = {"ci": 180, "laptop": 600, "gpu": 600}  # seconds
 def run_lessons(names: list[str], profile: str, out: Path) -> list[dict[str, Any]]:
     """Runs the lessons called `names` ("03" or "03_tensor_parallel"), or all of them and then the solutions of the exercises.
 
-    Executed notebooks and HTML pages go to `out`. Returns one {name, status, seconds, grade, error} for each; status is passed,
-    failed or timed out, grade the checks passed of those in it. Raises ValueError for an unknown name or profile.
+    Executed notebooks go to `out`, with index.html and what it leads to (`labkit.lab.site`). Returns one {name, status, seconds,
+    grade, figures, error} for each; status is passed, failed or timed out, grade the checks passed of those in it, figures
+    what was predicted and measured. Raises ValueError for an unknown name or profile.
     """
     if profile not in CELL_TIMEOUT:
         raise ValueError(f"profile {profile!r}: use one of {', '.join(CELL_TIMEOUT)}")
-    root = _root()
+    root = course.root()
     lessons = sorted((root / "notebooks").glob("*.ipynb"))
     chosen = [_named(name, lessons) for name in names] or lessons
     solutions = [] if names else sorted((root / "solutions").glob("*.ipynb"))
@@ -39,6 +41,7 @@ def run_lessons(names: list[str], profile: str, out: Path) -> list[dict[str, Any
     for number, path in enumerate([*chosen, *solutions], 1):
         said.print(f"{number} of {len(chosen) + len(solutions)}: {path.relative_to(root)} ...", highlight=False)
         rows.append(_run_lesson(path, profile, out) if path in lessons else _run_solution(path))
+    said.print(f"read them: {site.write(root, out, rows)}", highlight=False)
     return rows
 
 
@@ -62,7 +65,7 @@ def _run_lesson(path: Path, profile: str, out: Path) -> dict[str, Any]:
         papermill.execute_notebook(
             path, executed, parameters={"PROFILE": profile, "RANKS": ranks, "SEED": 0}, cwd=path.parent,
             kernel_name="python3", kernel_manager_class=OwnKernel, execution_timeout=CELL_TIMEOUT[profile],
-            start_timeout=60, progress_bar=False,
+            start_timeout=60, progress_bar=sys.stderr.isatty(),
         )  # fmt: skip
     except PapermillExecutionError as failure:
         status, error = "failed", f"cell {failure.cell_index}: {failure.ename}: {failure.evalue}"
@@ -71,18 +74,29 @@ def _run_lesson(path: Path, profile: str, out: Path) -> dict[str, Any]:
     except Exception as failure:  # the other lessons go on
         status, error = "failed", f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - began
-    passed = []
+    passed, figures = [], []
     if executed.exists():
         nb = nbformat.read(executed, as_version=4)
-        executed.with_suffix(".html").write_text(HTMLExporter().from_notebook_node(nb)[0], encoding="utf-8")
-        found = grade.results(nb)
+        found, figures = grade.results(nb), site.predictions(nb)
+        error = error or _noise(nb)
         passed = [name in found and found[name]["status"] == "passed" for name in grade.checks(nb)]
-    return {"name": path.stem, "status": status, "seconds": seconds, "grade": _share(passed), "error": error}
+    return {
+        "name": path.stem, "status": status, "seconds": seconds, "grade": _share(passed), "figures": figures, "error": error,
+    }  # fmt: skip
+
+
+def _noise(nb: NotebookNode) -> str:
+    """What a reader would see as a warning, though nothing failed."""
+    for number, cell in enumerate(nb.cells):
+        for output in cell.get("outputs", ()):
+            if output.output_type == "stream" and output.name == "stderr" and output.text.strip():
+                return f"cell {number} says on stderr: {output.text.strip().splitlines()[0]}"
+    return ""
 
 
 def _run_solution(path: Path) -> dict[str, Any]:
     began = time.perf_counter()
-    rows = grade.grade_notebook(path)
+    rows = grade.grade_notebook(grade.Submission("", path))
     seconds = time.perf_counter() - began
     wrong = [f"{row['name']}: {row['message']}" for row in rows if row["status"] not in ("passed", "blocked")]
     return {
@@ -90,6 +104,7 @@ def _run_solution(path: Path) -> dict[str, Any]:
         "status": "failed" if wrong else "passed",
         "seconds": seconds,
         "grade": _share(row["status"] == "passed" for row in rows),
+        "figures": [],
         "error": "; ".join(wrong),
     }
 
@@ -97,15 +112,6 @@ def _run_solution(path: Path) -> dict[str, Any]:
 def _share(passed: Iterable[bool]) -> str:
     each = list(passed)
     return f"{sum(each)}/{len(each)}" if each else "-"
-
-
-def _root() -> Path:
-    """The folder with the lessons: this one or one above it, else the one that this package was installed from."""
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[2]):
-        if any((folder / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-            return folder
-    raise ValueError(f"no notebooks/ with lessons in {here} or above it: run this in the lab's folder")
 
 
 def _named(name: str, lessons: list[Path]) -> Path:

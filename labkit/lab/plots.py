@@ -7,6 +7,7 @@ stands beside them.
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import pandas as pd
@@ -36,11 +37,21 @@ class Picture(Figure):
         self.agg = FigureCanvasAgg(self)
         self.alt = alt
 
+    def html(self) -> str:
+        """The picture itself, and its text for who doesn't see it."""
+        return f'<img alt="{escape(self.alt)}" src="data:image/png;base64,{self.png()}">'
+
+    def png(self) -> str:
+        """In base64."""
+        file = io.BytesIO()
+        self.agg.print_png(file)  # savefig draws everything twice
+        return base64.b64encode(file.getvalue()).decode()
+
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        png = io.BytesIO()
-        self.agg.print_png(png)  # savefig draws everything twice
-        data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": self.alt}
-        return data, {"image/png": {"alt": self.alt}}
+        png = self.png()
+        # JupyterLab gives a PNG no alt text, HTML it takes as it is; others look for a PNG.
+        html = f'<img alt="{escape(self.alt)}" src="data:image/png;base64,{png}">'
+        return {"image/png": png, "text/html": html, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
 
 
 def _style(rank: int) -> dict[str, Any]:
@@ -433,6 +444,29 @@ def gantt(trace: Sequence[Span], start_ms: float = 0.0, stop_ms: float | None = 
     ax.set(xlim=(start_ms, stop), yticks=ranks, yticklabels=[f"rank {r}" for r in ranks], xlabel="ms", title=title)
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _bare(ax)
+    return picture
+
+
+def lanes(stages: int, requests: int, tokens: int = 4) -> Picture:
+    """Who works on what while requests are decoded, if all ticks are alike: a column is a tick, a number a lane."""
+    busy, turns = min(stages, requests), range(tokens)
+    ticks = (tokens - 1) * stages + busy + stages - 1
+    idle = 1 - tokens * busy / ticks
+    picture = Picture(
+        f"{stages} stage(s), {requests} request(s) in flight, {tokens} tokens each: {ticks} ticks, of which a stage works in "
+        f"{tokens * busy}. The bubble is {idle:.2f}, {max(0, 1 - requests / stages):.2f} without filling and draining.",
+        (8, 0.8 + 0.35 * stages),
+    )
+    ax = picture.subplots()
+    for stage in range(stages):
+        for lane in range(busy):
+            for turn in turns:
+                tick = lane + turn * stages + stage
+                ax.barh(stage, 1, left=tick, height=0.9, **_style(stage))
+                ax.text(tick + 0.5, stage, str(lane), fontsize=8, ha="center", va="center", bbox=_PLATE)
+    ax.set(xlim=(0, ticks), ylim=(stages - 0.4, -0.6), xlabel="tick", yticks=range(stages))
+    ax.set_yticklabels([f"stage {stage}" for stage in range(stages)])
     _bare(ax)
     return picture
 

@@ -2,11 +2,14 @@
 
 import html
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
 
+from labkit.lab.progress import note_prediction, notes
+
+MIME = "application/vnd.labkit.prediction+json"
 Number = int | float | None
 
 
@@ -44,13 +47,13 @@ class Prediction:
 
     __repr__ = __str__
 
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         def row(values: tuple[str, str, str]) -> str:
             who, value, ratio = map(html.escape, values)
             return f"<tr><th style='text-align:left'>{who}</th><td style='text-align:right'>{value}</td><td>{ratio}</td></tr>"
 
         table = f"<table><caption>{html.escape(self.name)}</caption>{''.join(map(row, self.rows))}</table>"
-        return {"text/plain": str(self), "text/html": table}
+        return {"text/plain": str(self), "text/html": table, MIME: asdict(self)}
 
 
 class _PredictThen:
@@ -69,16 +72,25 @@ class _PredictThen:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"{what}={value!r}: use a finite number" + ("" if what == "measured" else ", or None"))
         self.kept[name] = Prediction(name, guess, model, measured, unit)
+        note_prediction(name, guess, model, measured, unit)
         return self.kept[name]
 
-    def table(self) -> pd.DataFrame:
-        """Every prediction so far, with its ratios to the measured value: the nearer to 1, the better."""
+    def table(self, *, course: bool = False) -> pd.DataFrame:
+        """Every prediction so far, with its ratios to the measured value: the nearer to 1, the better.
+
+        course: those of all lessons, as they were noted, not only of this notebook.
+        """
         columns = ["what", "unit", "you", "formula", "measured", "you / measured", "formula / measured"]
         rows = [
             (p.name, p.unit, p.guess, p.model, p.measured, _ratio(p.guess, p.measured), _ratio(p.model, p.measured))
-            for p in self.kept.values()
+            for p in (_noted() if course else self.kept.values())
         ]
         return pd.DataFrame(rows, columns=columns).set_index("what").round(3).astype(object).fillna("-")
+
+
+def _noted() -> list[Prediction]:
+    fields = ("guess", "model", "measured", "unit")
+    return [Prediction(name, *(row[f] for f in fields)) for name, row in notes()["predictions"].items()]
 
 
 def _ratio(value: Number, measured: Number) -> float | None:

@@ -36,7 +36,9 @@ class Board:
 
     def __init__(self, path: Path, ranks: int, rank: int = 0) -> None:
         with path.open("a+b") as file:
-            file.truncate(ranks * _SLOT.size)  # makes it that long, or leaves it
+            # Makes it that long, or leaves it. Written, not only made long: in a hole, a full disk would show as SIGBUS.
+            file.write(bytes(ranks * _SLOT.size - file.tell()))
+            file.flush()
             self._map = mmap.mmap(file.fileno(), ranks * _SLOT.size)
         self._offset = rank * _SLOT.size
 
@@ -47,3 +49,6 @@ class Board:
         """One for each rank."""
         slots = _SLOT.iter_unpack(self._map)
         return [Doing(n, at, waiting, raw.rstrip(b"\0").decode(errors="replace")) for n, at, waiting, raw in slots]
+
+    def close(self) -> None:
+        self._map.close()

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 from collections import deque
@@ -22,9 +23,10 @@ from collections.abc import Callable, Container, Iterator
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
+import psutil
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from labkit.comm import Comm
@@ -39,7 +41,10 @@ __all__ = ["RankError", "RankGroup", "in_torchrun", "join_torchrun", "oversubscr
 
 PRELOAD = ["labkit.launch.rank", "labkit.engine.llm"]  # what ranks find imported; nothing here may touch CUDA
 EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lost its peer
-GRACE = 0.5  # seconds that ranks get to end by themselves; after SIGTERM they get more, a busy machine is slow
+GRACE = 0.5  # seconds that ranks get to end by themselves
+LOOK = 1.0  # seconds between two looks at ranks that may hang
+IDLE = 0.02  # a rank that uses less than this part of a core does not compute
+TRICKLE = 1000  # bytes per second that say no more than that a link is there: the slowest one carries 125,000
 _NOT_THE_USERS = (
     "/labkit/launch/",
     "/labkit/lab/",
@@ -55,13 +60,15 @@ class RankError(RuntimeError):
 
     Attributes:
         rank: the first rank that failed, None if none did (the time was up).
-        how: "raised", "killed", "exited", or "timeout".
+        how: "raised", "killed", "exited", "hung", or "timeout".
         kind: the name of the exception's class, where one was raised.
+        outputs: from `LLM.generate`, what there was of each prompt's outputs; "error" is the finish_reason of those cut off.
     """
 
     def __init__(self, message: str, rank: int | None = None, how: str = "", kind: str = "") -> None:
         super().__init__(message)
         self.rank, self.how, self.kind = rank, how, kind
+        self.outputs: list[Any] = []
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of the launcher's own traceback, which says nothing about the ranks."""
@@ -78,6 +85,8 @@ class RankGroup:
         ranks: how many. layout: their grid (default: one tensor-parallel group).
         threads: torch threads of each (default: the cores shared out). Each is pinned to cores of its own if these suffice.
         collective_timeout: seconds that an operation between ranks may wait. start_timeout: that ranks may need to be up.
+        hang_timeout: that a rank may be stopped, or neither wait for anybody nor compute, or that all may wait for each other
+            (default: as long as they like).
         meter: count operations. shared_memory: use it between the ranks, not sockets alone.
         overlap: operations are to go on while the ranks compute.
         link: one to emulate between CPU ranks, as "1gbit": by the kernel, or where it refuses, or LABKIT_LINKS=software is set,
@@ -86,8 +95,8 @@ class RankGroup:
     Attributes:
         link_label: the link, how it is emulated, and why not by the kernel; for figures and tables. Empty without one.
 
-    Raises ValueError or LayoutError before anything is started, TypeError if `fn` or `args` cannot be pickled, RankError
-    from any method when a rank fails.
+    Raises ValueError or LayoutError before anything is started, TypeError if `fn` or `args` cannot be pickled, OSError where the
+    folder for temporary files is full, RankError from any method when a rank fails.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class RankGroup:
         threads: int | None = None,
         collective_timeout: float = 10.0,
         start_timeout: float = 60.0,
+        hang_timeout: float | None = None,
         meter: bool = True,
         shared_memory: bool = True,
         overlap: bool = False,
@@ -116,40 +126,67 @@ class RankGroup:
             raise TypeError(f"{fn!r} and its arguments cannot be sent to ranks: {error}") from error
         link = Link.parse(link) if isinstance(link, str) else link
         network, self.link_label = _emulate(link, ranks)
-        self.ranks = ranks
+        self.ranks, self._hang_timeout = ranks, hang_timeout
+        self._still: dict[int, _Still] = {}
+        self._deadlock: tuple[float, list[float], int] | None = None  # seen when, all waiting since, bytes received
+        self._network, self._delayed = network, link is not None and network is None
+        self._looked = 0.0
         self._inbox: deque[tuple[int, Any]] = deque()
         self._up: set[int] = set()
         self._done: set[int] = set()
         self._failures: dict[int, Failure] = {}  # in the order in which they became known
-        self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
-        self._board = Board(self._folder / "board", ranks)
         wiring = Wiring(
-            layout, threads or threads_per_rank(ranks), core_ids(), collective_timeout, start_timeout, meter,
-            shared_memory, overlap, link, [network.where(rank) for rank in range(ranks)] if network else None,
+            layout, threads or self._threads(), core_ids(), collective_timeout, start_timeout, meter,
+            shared_memory, overlap, link=link,
+            namespaces=[network.where(rank) for rank in range(ranks)] if network else None,
         )  # fmt: skip
         environ = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
         sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-        job = Job(work, wiring, self._folder, environ, sources)
-        pipes = [multiprocessing.Pipe() for _ in range(ranks)]
-        self._links: dict[int, Connection] = {rank: here for rank, (here, _) in enumerate(pipes)}
-        theirs = [there for _, there in pipes]
-        self._processes: list[Any] = []
-        # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
-        resources = (self._processes, [here for here, _ in pipes], self._folder, network)
-        self._end = util.Finalize(self, _end, resources, exitpriority=100)
+        self._links: dict[int, Connection] = {}
+        self._sentinels: dict[int, int] = {}
+        self._files: list[Any] = [network] if network else []
+        with _unbroken():
+            self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
+            end, resources = self._ending()
+            # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
+            self._finalizer = util.Finalize(self, end, resources, exitpriority=100)
         try:
-            with _without_main():
-                multiprocessing.set_forkserver_preload(PRELOAD)
-                context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
-            for their in theirs:
-                their.close()
-            self._processes += context.processes
-            self.pids = context.pids()
-            self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
+            with _unbroken():
+                try:
+                    self._board = Board(self._folder / "board", ranks)
+                except OSError as error:
+                    where = f"{self._folder.parent}, where ranks meet (TMPDIR can name another folder)"
+                    raise OSError(error.errno, f"{error.strerror}: {where}") from error
+                self._files.append(self._board)
+                self._start(Job(work, wiring, self._folder, environ, sources))
             self._until(lambda: len(self._up) == ranks, start_timeout, f"not all ranks up after {start_timeout:g} s")
         except BaseException:
             self._end()
             raise
+
+    def _threads(self) -> int:
+        return threads_per_rank(self.ranks)
+
+    def _ending(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What ends the ranks, and its arguments, into which goes what has been started."""
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        return _end, (self._processes, self._pipes, self._files, self._folder)
+
+    def _start(self, job: Job) -> None:
+        """Starts the ranks."""
+        pipes = [multiprocessing.Pipe() for _ in range(self.ranks)]
+        self._pipes += [here for here, _ in pipes]
+        theirs = [there for _, there in pipes]
+        self._links |= enumerate(self._pipes)
+        with _without_main():
+            multiprocessing.set_forkserver_preload(PRELOAD)
+            context = start_processes(main, (job, theirs), self.ranks, join=False, start_method="forkserver")
+        for their in theirs:
+            their.close()
+        self._processes += context.processes
+        self.pids = context.pids()
+        self._sentinels |= {process.sentinel: rank for rank, process in enumerate(context.processes)}
 
     def send(self, message: Any) -> None:
         """One message to every rank."""
@@ -165,12 +202,12 @@ class RankGroup:
 
     def close(self) -> None:
         """Ends the ranks; when it returns nothing of them is left."""
-        if not self._end.still_active():
+        if not self._finalizer.still_active():
             return
-        for link in self._links.values():
-            with contextlib.suppress(OSError):
-                link.send_bytes(b"")
         try:
+            for link in self._links.values():
+                with contextlib.suppress(OSError):
+                    link.send_bytes(b"")
             deadline = time.monotonic() + GRACE
             while self._sentinels and time.monotonic() < deadline:
                 self._listen(deadline - time.monotonic())
@@ -183,11 +220,15 @@ class RankGroup:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _end(self) -> None:
+        with _unbroken():
+            self._finalizer()
+
     # -- watching ------------------------------------------------------------------------------------------------------
 
     def _until(self, enough: Callable[[], bool], timeout: float | None, late: str) -> None:
         """Takes in what ranks say until `enough()`. Whatever goes wrong meanwhile, no rank survives it."""
-        if not self._end.still_active():
+        if not self._finalizer.still_active():
             raise ValueError("this group of ranks is closed")
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
@@ -196,9 +237,11 @@ class RankGroup:
                 if left is not None and left <= 0:
                     text = self._tell(f"{late}:", self._board.read(), time.monotonic())
                     raise RankError(text, how="timeout") from TimeoutError(late)
-                self._listen(left)
+                self._listen(left if self._hang_timeout is None else min(LOOK, left or LOOK))
                 if self._failures:
                     raise self._diagnose()
+                if self._hang_timeout is not None:
+                    self._look(self._hang_timeout)
         except BaseException:
             self._end()
             raise
@@ -227,7 +270,9 @@ class RankGroup:
         except (EOFError, OSError):  # its process has ended, or is about to: its sentinel will say how
             del self._links[rank]
             return
-        kind, value = pickle.loads(raw)
+        self._take(rank, *pickle.loads(raw))
+
+    def _take(self, rank: int, kind: str, value: Any) -> None:
         match kind:
             case "message":
                 self._inbox.append((rank, value))
@@ -241,6 +286,54 @@ class RankGroup:
                 self._done.add(rank)
             case "failed":
                 self._failures[rank] = value
+
+    def _look(self, limit: float) -> None:
+        """Raises if a rank hangs: if others wait for it, that would show only when they give up, which may be much later."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        if now - self._looked > 3 * LOOK:  # nobody looked: what was seen before says nothing about the time between
+            self._still.clear()
+            self._deadlock = None
+        self._looked = now
+        doings = self._board.read()
+        for rank, pid in enumerate(self.pids):
+            try:
+                process = psutil.Process(pid)
+                status, used = process.status(), sum(process.cpu_times()[:2])
+            except psutil.Error:  # it has just ended
+                continue
+            stopped, since = status == psutil.STATUS_STOPPED, doings[rank].since
+            excused = doings[rank].waiting or status in (psutil.STATUS_DISK_SLEEP, psutil.STATUS_TRACING_STOP)
+            still = self._still.get(rank, _Still(now, since, used))
+            if used - still.used > IDLE * (now - still.at) or since != still.since or (excused and not stopped):
+                still = _Still(now, since, used)
+            elif now - still.at >= limit and (stopped or rank in self._up):
+                did = "has been stopped (SIGSTOP)" if stopped else "has neither waited for another rank nor computed"
+                text = f"rank {rank} of {self.ranks} hangs: for {now - still.at:.0f} s it {did}:"
+                raise RankError(self._tell(text, doings, now), rank, "hung")
+            self._still[rank] = still
+        waiting = [doing for rank, doing in enumerate(doings) if rank not in self._done]
+        if self._delayed or not all(doing.waiting and doing.number for doing in waiting):
+            self._deadlock = None
+            return
+        sinces, received = [doing.since for doing in waiting], self._received()
+        began, before, then = self._deadlock or (now, sinces, received)
+        if sinces != before or received - then > TRICKLE * (now - began):
+            began, then = now, received
+        elif now - began >= limit:
+            text = f"ranks have waited for each other for {now - began:.0f} s:"
+            raise RankError(self._tell(text, doings, now), how="hung")
+        self._deadlock = began, sinces, then
+
+    def _received(self) -> int:
+        """Bytes that have come over an emulated link, on all ranks together."""
+        total = 0
+        for pid in self.pids if self._network else ():
+            with contextlib.suppress(OSError):  # it has just ended
+                lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()
+                total += sum(int(line.split(":")[1].split()[0]) for line in lines if "eth0:" in line)
+        return total
 
     # -- explaining ----------------------------------------------------------------------------------------------------
 
@@ -284,9 +377,7 @@ class RankGroup:
     ) -> str:
         """`text`, and a line or two on every rank but those `told` of: what it did when `seen`, and where in whose code."""
         running = self._up - self._done - self._failures.keys()
-        for rank in running:
-            with contextlib.suppress(OSError):
-                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes its stack
+        self._ask_for_stacks(running)
         for rank in sorted(set(range(self.ranks)) - self._done):
             failure, said = self._failures.get(rank), " " + doings[rank].describe(seen)
             if failure and (failure.own or explain_lost or not doings[rank].waiting):
@@ -301,12 +392,26 @@ class RankGroup:
             )
         return text
 
+    def _ask_for_stacks(self, ranks: set[int]) -> None:
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes it
+
     def _stack(self, rank: int, patience: float = 0) -> tuple[Frame, ...]:
-        """What faulthandler has written of a rank: the innermost frame first."""
+        """What faulthandler has written of a rank: the innermost frame first. Nothing, where it ended before it had begun."""
         file, deadline = self._folder / f"stack-{rank}", time.monotonic() + patience
-        while not file.exists() or (not file.stat().st_size and time.monotonic() < deadline):
+        while time.monotonic() < deadline and not (file.exists() and file.stat().st_size):
             time.sleep(0.01)
-        return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', file.read_text(errors="replace")))
+        text = file.read_text(errors="replace") if file.exists() else ""
+        return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', text))
+
+
+class _Still(NamedTuple):
+    """A rank that has done nothing since `at` (time.monotonic()): what its board said then; seconds of a core it had used."""
+
+    at: float
+    since: float
+    used: float
 
 
 def _at(frames: tuple[Frame, ...], lead: str = "\n  ") -> str:
@@ -330,8 +435,9 @@ def run(
     shared_memory: bool = True,
     overlap: bool = False,
     link: Link | str | None = None,
+    launcher: str = "local",
 ) -> list[Any]:
-    """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order (tensors as copies).
+    """Calls `fn(comm, *args)` on fresh ranks; what they return, in rank order (tensors as copies).
 
     Args:
         fn: any function, also a lambda or one from a notebook; it travels by value, with what it refers to.
@@ -339,17 +445,29 @@ def run(
         timeout: seconds for all of it, from when the ranks are up. collective_timeout: for one operation between ranks.
         threads: torch threads of each (default: the cores shared out). shared_memory: use it between the ranks.
         overlap: operations are to go on while the ranks compute. link: one to emulate between them, as RankGroup does.
+        launcher: "local", or "ray": on the nodes of a Ray cluster (`labkit.launch.ray`).
 
     Raises RankError when a rank raises, dies, or does not finish in time; otherwise as RankGroup does.
     """
     ranks = ranks if ranks is not None else layout.world if layout else 2
-    with RankGroup(
+    with launchers(launcher)(
         _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout,
         shared_memory=shared_memory, overlap=overlap, link=link,
     ) as group:  # fmt: skip
         group._until(lambda: len(group._inbox) == ranks, timeout, f"not finished after {timeout:g} s")
         values = dict(group._inbox)
     return [values[rank] for rank in range(ranks)]
+
+
+def launchers(name: str) -> type[RankGroup]:
+    """What starts ranks: "local" or "ray". Raises ValueError for another name, ImportError where Ray isn't installed."""
+    if name == "local":
+        return RankGroup
+    if name == "ray":
+        from labkit.launch.ray import RayGroup
+
+        return RayGroup
+    raise ValueError(f"launcher={name!r}: use 'local' or 'ray'")
 
 
 def _call(comm: Comm, channel: Channel, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -395,18 +513,41 @@ def _emulate(link: Link | None, ranks: int) -> tuple[Network | None, str]:
         return None, f"{link.label}, software-emulated ({error})"
 
 
-def _end(processes: list[Any], links: list[Connection], folder: Path, network: Network | None) -> None:
-    """Ends ranks whatever they are doing. Closing their pipes alone does it, unless something holds the GIL."""
-    for link in links:
-        link.close()
-    for process in processes:
-        process.terminate()
-    context = ProcessContext(processes, [""] * len(processes))
-    with contextlib.suppress(ProcessException):
-        while not context.join(grace_period=10 * GRACE):
-            pass
-    for process in processes:
-        process.close()
-    if network:
-        network.close()
-    shutil.rmtree(folder, ignore_errors=True)
+@contextlib.contextmanager
+def _unbroken() -> Iterator[None]:
+    """Puts off Ctrl-C until the end of what must not stay half done. A second one does not wait."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[Any] = []
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        caught.append(frame)
+        if len(caught) > 1:
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if len(caught) == 1:
+            handler(signal.SIGINT, caught[0])
+
+
+def _end(processes: list[Any], links: list[Connection], files: list[Any], folder: Path) -> None:
+    """Ends ranks whatever they are doing. Those whose fork server has ended do so when their pipes close.
+
+    Only then are pipes closed: another thread may be writing to one, and would write into what next has its number.
+    """
+    with _unbroken():
+        for process in processes:
+            process.kill()
+        context = ProcessContext(processes, [""] * len(processes))
+        with contextlib.suppress(ProcessException):
+            while not context.join(grace_period=10 * GRACE):
+                pass
+        for each in (*processes, *links, *files):
+            each.close()
+        shutil.rmtree(folder, ignore_errors=True)

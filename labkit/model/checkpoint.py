@@ -11,13 +11,16 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from labkit.model.errors import ModelError
+
+DTYPES = ("F32", "F16", "BF16")  # as safetensors writes them
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
@@ -76,52 +79,72 @@ class Checkpoint:
         self._open: dict[Path, safe_open] = {}
         self._stack = ExitStack()
 
+    def check(self, pieces: Iterable[Piece]) -> None:
+        """Raises ModelError where one of the pieces isn't there, or isn't what it should be. Only headers are read."""
+        for piece in pieces:
+            self._find(piece)
+
     def read(self, piece: Piece) -> torch.Tensor:
+        index = (slice(None),) * piece.dim + (slice(piece.part.start, piece.part.stop),)
+        part: torch.Tensor = self._find(piece)[index]
+        self.bytes_read += part.numel() * part.element_size()
+        return part
+
+    def _find(self, piece: Piece) -> Any:
+        """The piece's tensor, still in the file."""
         file = self._files.get(piece.name)
         if file is None:
             raise ModelError(f"{self.folder} has no tensor {piece.name}, which its config.json calls for")
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(_opened(file))
         try:
-            if file not in self._open:
-                self._open[file] = self._stack.enter_context(safe_open(file, framework="pt"))
             whole = self._open[file].get_slice(piece.name)
-            if tuple(whole.get_shape()) != piece.shape:
-                raise ModelError(
-                    f"{file}: {piece.name} has shape {tuple(whole.get_shape())}; config.json calls for {piece.shape}"
-                )
-            index = (slice(None),) * piece.dim + (slice(piece.part.start, piece.part.stop),)
-            part: torch.Tensor = whole[index]
-        except SafetensorError as error:
-            raise ModelError(f"{file} is damaged or is not a safetensors file: {error}") from error
-        if not part.is_floating_point() or part.element_size() == 1:
-            raise ModelError(f"{file}: {piece.name} is {part.dtype}; supported are float32, float16 and bfloat16")
-        self.bytes_read += part.numel() * part.element_size()
-        return part
+        except SafetensorError as error:  # the index says it is in this file, and it isn't
+            raise ModelError(f"{file} has no tensor {piece.name}: {error}") from error
+        if tuple(whole.get_shape()) != piece.shape:
+            raise ModelError(
+                f"{file}: {piece.name} has shape {tuple(whole.get_shape())}; config.json calls for {piece.shape}"
+            )
+        if whole.get_dtype() not in DTYPES:
+            raise ModelError(f"{file}: {piece.name} is {whole.get_dtype()}; supported are {', '.join(DTYPES)}")
+        return whole
 
     def close(self) -> None:
         self._stack.close()
         self._open.clear()
 
 
+def _opened(file: Path) -> safe_open:
+    """Its header has been read, and fits the file."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged or is not a safetensors file: {error}") from error
+
+
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> file. An index may only name files inside the folder."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    try:
-        if index.exists():
+    if index.exists():
+        try:
             named: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            for file in set(named.values()):
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise ModelError(f"{index} names {file!r}, which is not a plain file name in that folder")
-                if not (folder / file).exists():
-                    raise ModelError(f"{index} names {file}, which is missing")
-            return {name: folder / file for name, file in named.items()}
-        if single.exists():
-            with safe_open(single, framework="pt") as opened:
-                return dict.fromkeys(opened.keys(), single)
-    except SafetensorError as error:
-        raise ModelError(f"{single} is damaged or is not a safetensors file: {error}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index} is not an index of safetensors files: {error!r}") from error
-    raise ModelError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")
+            files = set(named.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index} is not an index of safetensors files: {error!r}") from error
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ModelError(f"{index} names {file!r}, which is not a plain file name in that folder")
+            if not (folder / file).is_file():
+                raise ModelError(f"{index} names {file}, which is missing")
+        return {name: folder / file for name, file in named.items()}
+    if single.exists():
+        with _opened(single) as opened:
+            return dict.fromkeys(opened.keys(), single)
+    pickled = next((file.name for kind in PICKLES for file in sorted(folder.glob(kind))), None)
+    raise ModelError(
+        f"{folder} holds neither model.safetensors nor model.safetensors.index.json"
+        + (f"; {pickled} is pickled, which can run any code when it is loaded, and is not read" if pickled else "")
+    )
 
 
 class RandomWeights:

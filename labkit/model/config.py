@@ -5,6 +5,7 @@ that the decoder doesn't implement is refused by name here, before anything star
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from labkit.model.errors import ModelError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3")
+LARGEST, MOST_LAYERS = 2**31, 1000  # no model has more; a damaged config.json may well say so
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ class ModelConfig:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"{file} does not exist: a model folder needs a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ModelError(f"{file} is not JSON: {error}") from None
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror}") from None
         if not isinstance(raw, dict):
             raise ModelError(f"{file} holds a {type(raw).__name__}, not a JSON object")
         return cls.from_dict(raw, where=str(file))
@@ -90,12 +94,14 @@ class ModelConfig:
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config") -> "ModelConfig":
         """From the mapping that a config.json holds. Raises ModelError naming what is missing, wrong or not supported."""
 
-        def size(key: str, default: int | None = None) -> int:
-            value = raw.get(key)
+        def size(key: str, default: int | None = None, most: int = LARGEST) -> int:
+            value: Any = raw.get(key)
             value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _whole(value, 1):
                 raise ModelError(f"{where}: {key}={value!r}; a whole number, 1 or more, is needed")
-            return value
+            if value > most:
+                raise ModelError(f"{where}: {key}={value!r} can't be meant: {most} is the most that is believed")
+            return int(value)
 
         family = raw.get("model_type")
         if family not in FAMILIES:
@@ -114,18 +120,26 @@ class ModelConfig:
             )
         if raw.get("head_dim") is None and hidden % heads:
             raise ModelError(f"{where}: hidden_size={hidden} is not a multiple of num_attention_heads={heads}")
+        head_dim = size("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ModelError(
+                f"{where}: head_dim={head_dim}; an even number is needed, positions turn pairs of features"
+            )
+        eps = raw.get("rms_norm_eps", 1e-6)
+        if not _positive(eps):
+            raise ModelError(f"{where}: rms_norm_eps={eps!r}; a number above 0 is needed")
         attention_bias = bool(raw.get("attention_bias", False))
         return cls(
             family=family,
-            layers=size("num_hidden_layers"),
+            layers=size("num_hidden_layers", most=MOST_LAYERS),
             hidden=hidden,
             intermediate=size("intermediate_size"),
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=size("head_dim", hidden // heads),
+            head_dim=head_dim,
             vocab=size("vocab_size"),
             max_positions=size("max_position_embeddings", 2048),
-            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rms_eps=float(eps),
             rope=_rope(raw, where),
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2" or attention_bias,
@@ -133,8 +147,8 @@ class ModelConfig:
             mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
             qk_norm=family in ("qwen3", "qwen3_moe"),
             dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
-            bos_ids=_ids(raw.get("bos_token_id")),
-            eos_ids=_ids(raw.get("eos_token_id")),
+            bos_ids=_ids(raw, "bos_token_id", where),
+            eos_ids=_ids(raw, "eos_token_id", where),
             sliding_window=_sliding_window(raw, where),
             moe=_moe(raw, size),
         )
@@ -145,8 +159,11 @@ def _moe(raw: Mapping[str, Any], size: Callable[..., int]) -> MoEConfig | None:
     if raw["model_type"] == "mixtral":
         moe = MoEConfig(size("num_local_experts", 8), size("num_experts_per_tok", 2), size("intermediate_size"), True)
     elif raw["model_type"] == "qwen3_moe":
-        every, layers = size("decoder_sparse_step", 1), range(size("num_hidden_layers"))
-        dense = set(raw.get("mlp_only_layers") or ()) | {i for i in layers if (i + 1) % every}
+        every, layers = size("decoder_sparse_step", 1), range(size("num_hidden_layers", most=MOST_LAYERS))
+        named = raw.get("mlp_only_layers") or []
+        if not isinstance(named, list) or not all(_whole(i, 0) for i in named):
+            raise ModelError(f"mlp_only_layers={named!r}; a list of layers is needed")
+        dense = set(named) | {i for i in layers if (i + 1) % every}
         moe = MoEConfig(
             size("num_experts", raw.get("num_local_experts", 128)), size("num_experts_per_tok", 8),
             size("moe_intermediate_size", 768), bool(raw.get("norm_topk_prob", False)), frozenset(dense),
@@ -158,13 +175,28 @@ def _moe(raw: Mapping[str, Any], size: Callable[..., int]) -> MoEConfig | None:
     return moe
 
 
-def _ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (int(value),)
+def _whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _ids(raw: Mapping[str, Any], key: str, where: str) -> tuple[int, ...]:
+    value = raw.get(key)
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(_whole(i, 0) for i in ids):
+        raise ModelError(f"{where}: {key}={value!r}; a token id, or a list of them, is needed")
+    return ids
 
 
 def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Rotary embedding options from either spelling: rope_theta + rope_scaling, or the newer rope_parameters."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    found = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{where}: rope parameters {found!r} are not an object of names and numbers")
+    rope = dict(found)
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
     if rope["rope_type"] not in ROPE_TYPES:
@@ -178,6 +210,9 @@ def _rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     }[rope["rope_type"]]
     if missing := [key for key in needed if key not in rope]:
         raise ModelError(f"{where}: rope type {rope['rope_type']!r} needs {', '.join(missing)}")
+    for key in ("rope_theta", *needed):
+        if not _positive(rope[key]):
+            raise ModelError(f"{where}: {key}={rope[key]!r}; a number above 0 is needed")
     if (rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ModelError(f"{where}: partial_rotary_factor is not supported")
     return rope
@@ -188,6 +223,8 @@ def _sliding_window(raw: Mapping[str, Any], where: str) -> int | None:
     if raw.get("model_type") in ("qwen2", "qwen3", "qwen3_moe") and not raw.get("use_sliding_window", False):
         return None
     window = raw.get("sliding_window")
+    if window is not None and not _whole(window, 1):
+        raise ModelError(f"{where}: sliding_window={window!r}; null, or a whole number, 1 or more, is needed")
     if raw.get("model_type") == "llama" and window:
         raise ModelError(f"{where}: sliding_window={window!r} is not supported for llama")
     return window

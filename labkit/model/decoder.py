@@ -11,7 +11,7 @@ from torch import nn
 
 from labkit import split
 from labkit.comm import Comm, Forward
-from labkit.mesh import Layout
+from labkit.mesh import Alone, Layout
 from labkit.model import kernels
 from labkit.model.attention import Attention, Batch, KVCache, Rotary
 from labkit.model.checkpoint import Piece, norm_weight, parameter
@@ -44,6 +44,12 @@ def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
     if cfg.moe:
         for layer in filter(cfg.sparse, range(cfg.layers)):
             spread.of(layer, cfg.moe.experts, layout.ep)
+
+
+def tensors(cfg: ModelConfig) -> list[Piece]:
+    """What a checkpoint must hold: every tensor of the whole decoder, whole (one that is used twice, twice)."""
+    whole = Decoder(cfg, Comm(Alone()), torch.float32)
+    return [piece for p in whole.parameters() for piece in p.pieces]  # type: ignore[attr-defined]
 
 
 class MLP(nn.Module):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from gguf.constants import TokenType
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -87,7 +88,7 @@ def import_gguf(path: Path, cache: Path | None = None, sha256: str | None = None
                 if folder.exists():
                     log.warning("converting %s again: the cached %s", path.name, fault)
                 _convert(path, digest, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter on a full disk
         raise ModelError(
             f"cannot convert {path.name} into the model cache {root}: {error}; "
             "the environment variable LABKIT_CACHE can name another folder"

@@ -39,6 +39,7 @@ class Metrics:
             (GaugeMetricFamily, "kv_cache_usage_perc", "Blocks of KV cache in use, 1 is all.",
              stats["kv_blocks_used"] / max(1, stats["kv_blocks"])),
             (CounterMetricFamily, "num_preemptions", "Times a request gave up its blocks.", stats["preemptions"]),
+            (CounterMetricFamily, "restarts", "Times that ranks were replaced, because one had failed.", stats["restarts"]),
             (CounterMetricFamily, "prompt_tokens", "Of requests that are done.", stats["prompt_tokens"]),
             (CounterMetricFamily, "generation_tokens", "Tokens generated.", stats["generation_tokens"]),
         ):  # fmt: skip

@@ -17,7 +17,6 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException as AnyHTTPException
 
@@ -116,7 +115,6 @@ def application(llm: AsyncLLM) -> FastAPI:
     answers: dict[type[Exception], Callable[[Any], Response]] = {
         RequestValidationError: lambda error: _error(400, explain(error)),
         ValueError: lambda error: _error(400, str(error)),
-        TemplateError: lambda error: _error(400, f"messages: the model's chat template refuses them: {error}"),
         RankError: lambda error: _error(503, str(error)),
         AnyHTTPException: lambda error: _error(error.status_code, str(error.detail)),
         _Gone: lambda error: Response(status_code=499),  # nobody reads it

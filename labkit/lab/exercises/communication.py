@@ -217,7 +217,8 @@ BYTES = Exercise(
         Misconception("the embedding's all-reduce is counted too",
             "Here only the layers count: two all-reduces in each. (In 80 layers one more would be 0.6 %.)",
             lambda m, tp: sent(m, tp) * (2 * m.layers + 1) / (2 * m.layers)),
-        Misconception("weights are counted", "Weights stay where they are; activations travel.", lambda m, tp: counted(m, tp)[0]),
+        Misconception("weights are counted", "Weights stay where they are; activations travel.",
+            lambda m, tp: counted(m, 1)[0] / tp),
     ),
     hints=(
         "How many all-reduces does one layer make, and how many numbers does each add up for one token?",

@@ -1,0 +1,6 @@
+"""all ranks are counted together"""
+
+
+def bytes_per_token(model, tp):
+    payload = model.hidden * model.bytes_per_param  # one hidden vector
+    return 2 * model.layers * payload * 2 * (tp - 1)

@@ -1,0 +1,5 @@
+"""the ranks no longer talk to each other"""
+
+
+def total_loss(batches, comm):
+    return sum(batch.sum() for batch in batches)

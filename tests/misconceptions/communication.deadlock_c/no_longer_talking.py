@@ -1,0 +1,5 @@
+"""the ranks no longer talk to each other"""
+
+
+def pass_on(x, comm):
+    return x

@@ -1,0 +1,5 @@
+"""every rank returns its own x"""
+
+
+def ring_all_reduce(x, comm):
+    return x

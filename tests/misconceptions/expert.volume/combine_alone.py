@@ -1,0 +1,8 @@
+"""one all-to-all is counted, the combine"""
+
+
+def expert_volume(chosen, placement, rank, hidden, bytes_per_number):
+    owner = {expert: r for r, held in enumerate(placement) for expert in held}
+    needs = [[{owner[expert] for expert in token} for token in tokens] for tokens in chosen]
+    back = sum(rank in ranks for r, tokens in enumerate(needs) if r != rank for ranks in tokens)
+    return back * hidden * bytes_per_number

@@ -1,0 +1,8 @@
+"""only the last stage is looked at"""
+
+
+def kv_capacity(model, tp, layers, free, length):
+    kv_heads = max(model.kv_heads / tp, 1)  # a rank cannot hold less than a whole one
+    tokens = -(-length // 16) * 16  # whole blocks
+    per_layer = 2 * kv_heads * model.head_dim * model.bytes_per_param * tokens  # K and V
+    return free[-1] // (layers[-1] * per_layer)

@@ -1,0 +1,8 @@
+"""K and V are counted as one"""
+
+
+def kv_capacity(model, tp, layers, free, length):
+    kv_heads = max(model.kv_heads / tp, 1)  # a rank cannot hold less than a whole one
+    tokens = -(-length // 16) * 16  # whole blocks
+    per_layer = kv_heads * model.head_dim * model.bytes_per_param * tokens
+    return int(min(room // (n * per_layer) for n, room in zip(layers, free, strict=True)))

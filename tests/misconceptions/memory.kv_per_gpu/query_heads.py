@@ -1,0 +1,7 @@
+"""query heads are counted instead of KV heads"""
+
+
+def kv_per_gpu(model, tp, context, batch):
+    kv_heads = model.heads / tp
+    numbers_per_token = 2 * model.layers * kv_heads * model.head_dim  # K and V
+    return numbers_per_token * model.bytes_per_param * context * batch

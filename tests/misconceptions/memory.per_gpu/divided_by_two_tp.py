@@ -1,0 +1,9 @@
+"""they are divided by 2 x tp"""
+
+
+def per_gpu(model, tp):
+    attention = 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
+    mlp = 3 * model.hidden * model.intermediate
+    ends = (1 if model.tied else 2) * model.vocab * model.hidden
+    total = (model.layers * (attention + mlp) + ends) * model.bytes_per_param
+    return total / (2 * tp)

@@ -1,0 +1,5 @@
+"""the last stage sets the pace"""
+
+
+def finish(times, microbatches):
+    return sum(times) + (microbatches - 1) * times[-1]

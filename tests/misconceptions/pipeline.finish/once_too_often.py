@@ -1,0 +1,5 @@
+"""the slowest stage is counted once too often"""
+
+
+def finish(times, microbatches):
+    return sum(times) + microbatches * max(times)

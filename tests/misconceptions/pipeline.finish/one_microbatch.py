@@ -1,0 +1,5 @@
+"""one micro-batch is followed, and the others are forgotten"""
+
+
+def finish(times, microbatches):
+    return sum(times)

@@ -1,0 +1,5 @@
+"""only the slowest stage is counted, once for each micro-batch"""
+
+
+def finish(times, microbatches):
+    return microbatches * max(times)
