@@ -1,0 +1,5 @@
+"""nothing is hidden"""
+
+
+def ticks(layers, compute, exchange):
+    return 2 * layers * (compute + exchange)

@@ -1,0 +1,5 @@
+"""the degrees are added up instead of multiplied"""
+
+
+def per_gpu(model, tp, pp, dp):
+    return model.total / (tp + pp)

@@ -1,0 +1,5 @@
+"""nothing is divided"""
+
+
+def per_gpu(model, tp, pp, dp):
+    return model.total

@@ -1,0 +1,9 @@
+"""the answer is in microseconds"""
+
+
+def time_per_token(model, tp, pp, gpu):
+    read = model.total / tp / (gpu.bandwidth_gbs * gpu.efficiency * 1e6)
+    exchanges = 2 * model.layers * gpu.all_reduce_us[tp] if tp > 1 else 0
+    fixed = model.layers * gpu.layer_us
+    hops = pp * gpu.hop_us if pp > 1 else 0
+    return read * 1e3 + exchanges + fixed + hops
