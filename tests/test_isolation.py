@@ -1,5 +1,6 @@
 """What a learner's code may do to itself: each accident ends in a result of its own, in time, and leaves nothing behind."""
 
+import contextlib
 import os
 import re
 import signal
@@ -152,3 +153,27 @@ def test_prints_counts_what_it_leaves_out():
     assert str(prints) == "a\nb"
     prints.write("c\n" * LINES)
     assert str(prints).splitlines()[-2:] == ["c", "... and 2 more line(s)"]
+
+
+def test_ranks_end_with_a_notebook_that_is_killed():
+    """Also those that hold the interpreter, whose own watchdog never gets its turn."""
+    code = (
+        "import re\nfrom labkit.lab import check as c\nc.TIMEOUT = 60\n"
+        "c.check('memory.seventy_b', lambda tp: print('begun', flush=True) or re.match(r'(a+)+$', 'a' * 40 + 'b'))"
+    )
+    notebook = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        deadline, ranks = time.monotonic() + 60, []
+        while not ranks and time.monotonic() < deadline:  # a rank has left the notebook's process group
+            children = psutil.Process(notebook.pid).children(recursive=True)
+            ranks = [p for p in children if os.getpgid(p.pid) not in (notebook.pid, os.getpgid(0))]
+            time.sleep(0.1)
+        assert ranks
+        time.sleep(0.5)  # to begin with what holds the interpreter
+        notebook.kill()
+        notebook.wait()
+        _, left = psutil.wait_procs(ranks, timeout=20)
+        assert not left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(notebook.pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from io import TextIOBase
+from multiprocessing import forkserver
 from pathlib import Path
 
 MEMORY = 10**9  # bytes that a learner's code may have in one process, beyond what is there before it runs
@@ -47,6 +48,11 @@ def confine(folder: Path, memory: int | None = MEMORY) -> None:
     os.environ.update(environment(folder))
     tempfile.tempdir = None  # found anew
     if sys.platform == "linux":
+        # The fork server lives as long as anybody holds this, and a rank that holds the interpreter would as long as it lives.
+        alive = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+        if alive is not None:
+            os.close(alive)
+            forkserver._forkserver._forkserver_alive_fd = None  # type: ignore[attr-defined]
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a Ctrl-C no longer reaches it from a terminal
         if memory:
             limit_memory(memory)
