@@ -50,10 +50,7 @@ class Planner(widgets.VBox):
         asked = {name: control.value for name, control in self.controls.items()}
         model, on = asked.pop("model"), asked.pop("hardware")
         self.result = plan(model, on, **asked)
-        picture = plots.plan(self.result)
-        data, _metadata = picture._repr_mimebundle_()
-        alt = html.escape(picture.alt, quote=True)
-        self.picture.value = f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"]}">'
+        self.picture.value = plots.plan(self.result).html()
         self.text.value = _told(self.result)
 
 
