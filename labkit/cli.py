@@ -5,6 +5,7 @@ Heavy imports wait until a command needs them, so that `labkit --help` answers a
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measured figures on a given layout: medians and spread.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+launch = typer.Typer(
+    help="Several machines: rehearse on emulated ones, or print what starts real ones.", no_args_is_help=True
+)
+app.add_typer(launch, name="launch")
 console = Console()
 
 ModelName = Annotated[
@@ -49,6 +54,9 @@ Tp = Annotated[int, typer.Option("--tp", help="tensor-parallel degree")]
 Pp = Annotated[int, typer.Option("--pp", help="pipeline stages")]
 Dp = Annotated[int, typer.Option("--dp", help="data-parallel replicas")]
 Ep = Annotated[bool, typer.Option("--ep", help="spread the experts of a mixture-of-experts model over dp x tp")]
+RankOrder = Annotated[
+    str, typer.Option(help="neighbours last: dp-pp-tp keeps tensor-parallel ranks on one host, dp-tp-pp stages")
+]
 ExpertExchange = Annotated[
     str, typer.Option(help="how tokens reach experts on other ranks: all_to_all, all_gather or all_reduce")
 ]
@@ -62,6 +70,11 @@ Overlap = Annotated[str, typer.Option("--overlap", help="hide communication: non
 SharedMemory = Annotated[
     bool, typer.Option("--shared-memory/--sockets", help="between ranks of one host: shared memory where it is there")
 ]
+LaunchedCommand = Annotated[list[str], typer.Argument(help="a command of labkit and its options, after --")]
+Nodes = Annotated[int, typer.Option(help="how many machines")]
+GpusPerNode = Annotated[int, typer.Option(help="GPUs of each, with a rank each")]
+CpusPerNode = Annotated[int, typer.Option(help="CPUs of each, with a rank each where there are no GPUs")]
+JobName = Annotated[str, typer.Option("--name", help="of the job")]
 Batch = Annotated[int, typer.Option(help="sequences at once")]
 MaxNumSeqs = Annotated[int, typer.Option(help="sequences in flight at once, on each replica")]
 PromptTokens = Annotated[int, typer.Option("--prompt", help="prompt tokens of each")]
@@ -71,8 +84,10 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 
 
 def finish(result: Any, as_json: bool, show: Callable[[], Any], ok: bool = True) -> None:
-    """Prints a command's result and ends it."""
-    if as_json:
+    """Prints a command's result, under torchrun on its first rank alone, and ends it."""
+    if "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0":
+        pass
+    elif as_json:
         print(json.dumps(result))
     else:
         show()
@@ -105,6 +120,7 @@ def generate(
     pp: Pp = 1,
     dp: Dp = 1,
     ep: Ep = False,
+    rank_order: RankOrder = "dp-pp-tp",
     expert_exchange: ExpertExchange = "all_to_all",
     expert_placement: ExpertPlacement = "contiguous",
     max_tokens: Annotated[int, typer.Option(help="generate at most this many tokens")] = 64,
@@ -120,7 +136,8 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, where rank 0 prints."""
+    """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, on one machine or several
+    (`labkit launch --help`), where rank 0 prints."""
     from labkit import LLM, SamplingParams
 
     llm = LLM(
@@ -129,6 +146,7 @@ def generate(
         pipeline_parallel_size=pp,
         data_parallel_size=dp,
         enable_expert_parallel=ep,
+        rank_order=rank_order,
         expert_exchange=expert_exchange,
         expert_placement=expert_placement,
         dtype=dtype,
@@ -144,10 +162,7 @@ def generate(
         asked = llm.chat_prompt([{"role": "user", "content": prompt}]) if chat else prompt
         output = llm.generate(asked, params)[0].outputs[0]
         report = llm.report()
-        leads = llm.leads
-    if not leads:
-        return
-    if trace:
+    if trace and llm.leads:
         from labkit.measure.trace import chrome, spans
 
         trace.write_text(json.dumps(chrome(spans(llm.trace(), llm.layout))))
@@ -310,6 +325,33 @@ def bench_pipeline(
     finish({"results": rows}, as_json, lambda: _table(rows, columns))
 
 
+@bench.command("hosts")
+def bench_hosts(
+    model: ModelName = "smollm2-135m",
+    dtype: Dtype = "auto",
+    tp: Tp = 2,
+    pp: Pp = 2,
+    batch: Batch = 1,
+    prompt: PromptTokens = 128,
+    tokens: Annotated[int, typer.Option(help="tokens to generate for each")] = 16,
+    repeats: Repeats = 3,
+    threads: Threads = None,
+    link: Annotated[
+        str | None, typer.Option(help="emulate hosts of tp ranks each, joined by this link, as 1gbit")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tensor-parallel groups inside hosts against groups across them: emulated hosts, or torchrun's own."""
+    from labkit.measure.bench import hosts
+
+    rows = hosts(
+        model, dtype=dtype, tp=tp, pp=pp, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, threads=threads,
+        link=link,
+    )  # fmt: skip
+    columns = ("name", "tpot_ms", "slowdown", "measured_bytes", "predicted_bytes", "same_tokens")
+    finish({"results": rows}, as_json, lambda: _table(rows, columns))
+
+
 @bench.command("overlap")
 def bench_overlap(
     model: ModelName = "smollm2-135m",
@@ -467,6 +509,8 @@ def dryrun(
     context: Context = 2048,
     dtype: Dtype = "auto",
     step: PrefillStep = 4096,
+    rank_order: RankOrder = "dp-pp-tp",
+    ranks_per_host: Annotated[int | None, typer.Option(help="so many ranks are on one host (default: all)")] = None,
     expert_exchange: ExpertExchange = "all_to_all",
     expert_placement: ExpertPlacement = "contiguous",
     device: Annotated[str, typer.Option(help="of the fake tensors: cuda or cpu")] = "cuda",
@@ -477,7 +521,7 @@ def dryrun(
 
     result = run(
         model, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, context=context, dtype=dtype, step=step, device=device,
-        exchange=expert_exchange, placement=expert_placement,
+        exchange=expert_exchange, placement=expert_placement, rank_order=rank_order, ranks_per_host=ranks_per_host,
     )  # fmt: skip
 
     def show() -> None:
@@ -490,6 +534,11 @@ def dryrun(
         _plain_table([dict(zip(columns, (_ranges(ranks), *kind), strict=True)) for kind, ranks in alike.items()])
         print("between ranks, on the busiest, per token:")
         _plain_table(result["comm"])
+        if result["hosts"] > 1:
+            sent = result["between_hosts_bytes_per_token"]
+            print(
+                f"between {result['hosts']} hosts, per token: prefill {sent['prefill']:,.0f} bytes, decode {sent['decode']:,.0f}"
+            )
 
     finish(result, as_json, show)
 
@@ -625,6 +674,62 @@ def plan(
     finish(result, as_json, show, ok=result["recommended"] is not None)
 
 
+@launch.command("hosts")
+def launch_hosts(
+    command: LaunchedCommand,
+    nodes: Nodes = 2,
+    per_node: Annotated[int, typer.Option(help="ranks on each host")] = 2,
+    link: Annotated[str, typer.Option(help="rate of each host's link, as 1gbit")] = "10gbit",
+) -> None:
+    """Run a command of labkit on hosts emulated on this machine, as it would run on real ones.
+
+    labkit launch hosts --nodes 2 --per-node 2 --link 1gbit -- generate "The tide" --tp 2 --pp 2
+    """
+    from labkit.launch.cluster import on_emulated_hosts
+
+    raise typer.Exit(min(1, on_emulated_hosts(["-m", "labkit", *command], nodes=nodes, per_node=per_node, link=link)))
+
+
+@launch.command("slurm")
+def launch_slurm(
+    command: LaunchedCommand,
+    nodes: Nodes = 2,
+    gpus_per_node: GpusPerNode = 0,
+    cpus_per_node: CpusPerNode = 0,
+    name: JobName = "labkit",
+    time: Annotated[str, typer.Option(help="at most, as hours:minutes:seconds")] = "01:00:00",
+    python: Annotated[str, typer.Option(help="the interpreter on the nodes")] = sys.executable,
+) -> None:
+    """Print a batch file that runs a command of labkit over several nodes, for sbatch.
+
+    labkit launch slurm --nodes 2 --gpus-per-node 8 -- generate "The tide" --tp 8 --pp 2 > job.sh && sbatch job.sh
+    """
+    from labkit.launch.cluster import Cluster, slurm
+
+    cluster = Cluster(nodes, gpus_per_node, cpus_per_node, name)
+    print(slurm(command, cluster, time=time, python=python), end="")
+
+
+@launch.command("kubernetes")
+def launch_kubernetes(
+    command: LaunchedCommand,
+    image: Annotated[str, typer.Option(help="container image with labkit installed")],
+    nodes: Nodes = 2,
+    gpus_per_node: GpusPerNode = 0,
+    cpus_per_node: CpusPerNode = 0,
+    name: JobName = "labkit",
+    python: Annotated[str, typer.Option(help="the interpreter in the image")] = "python",
+) -> None:
+    """Print an indexed Job that runs a command of labkit over several nodes, for kubectl apply.
+
+    labkit launch kubernetes --nodes 2 --gpus-per-node 8 --image IMAGE -- generate "The tide" --tp 8 --pp 2 | kubectl apply -f -
+    """
+    from labkit.launch.cluster import Cluster, kubernetes
+
+    cluster = Cluster(nodes, gpus_per_node, cpus_per_node, name)
+    print(kubernetes(command, cluster, image=image, python=python), end="")
+
+
 @app.command()
 def lessons(
     names: Annotated[
@@ -745,6 +850,9 @@ def _show(report: dict[str, Any]) -> None:
     }
     if any(rank["shared_memory"] for rank in ranks):
         lines["layout"] += ", shared memory"
+    if report["hosts"] > 1:
+        sent = report["between_hosts_bytes_per_token"]["decode"]
+        lines["hosts"] = f"{report['hosts']}; {sent:,.0f} bytes per decoded token between them"
     if report["link"]:
         rate = report["link"]["measured_gbit_per_s"]
         lines["link"] = report["link"]["label"] + (f"; measured {rate:.3g} Gbit/s" if rate else "")
@@ -761,9 +869,10 @@ def main() -> None:
         app()
     except (ValueError, RuntimeError, OSError) as error:
         from labkit.launch.local import RankError
+        from labkit.links import LinkError
         from labkit.model.errors import ModelError
 
-        if not isinstance(error, ValueError | RankError | OSError):
+        if not isinstance(error, ValueError | RankError | LinkError | OSError):
             raise
         print(f"labkit: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ValueError) and not isinstance(error, ModelError) else 1) from None

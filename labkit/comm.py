@@ -12,7 +12,8 @@ doi:10.1177/1094342005051521); a broadcast is counted once, at its source; point
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -325,6 +326,26 @@ class Comm:
         if self.events is not None:
             self.events = []
 
+    @contextmanager
+    def apart(self) -> Iterator[dict[tuple[str, str, str, str], Tally]]:
+        """Counts what is done meanwhile by itself, and gives that: what a CUDA graph records, to be repeated."""
+        kept, self.tallies = self.tallies, {}
+        try:
+            yield self.tallies
+        finally:
+            self.tallies = kept
+
+    def repeated(self, recorded: Mapping[tuple[str, str, str, str], Tally], times: int) -> None:
+        """Counts what was `recorded` as done `times` times, each of which took as long as the last."""
+        for key, once in recorded.items():
+            tally = self.tallies.setdefault(key, Tally())
+            tally.calls += times * once.calls
+            tally.payload_bytes += times * once.payload_bytes
+            tally.wire_bytes += times * once.wire_bytes
+            for start, stop in once.events:
+                stop.synchronize()
+                tally.host_seconds += times * start.elapsed_time(stop) / 1e3
+
     def _stage(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cpu != self._on_cpu:  # NCCL would fail far from here, a fake process group not at all
             raise ValueError(
@@ -397,7 +418,8 @@ class Comm:
         began = time.perf_counter()
         on_device = self._on_device and self.timed and self.meter
         if on_device:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            again = torch.cuda.is_current_stream_capturing()  # then each repetition records them
+            start, stop = (torch.cuda.Event(enable_timing=True, external=again) for _ in range(2))
             start.record()
         try:
             result = call(self.mesh.group(axis))

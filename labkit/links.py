@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMS = "1gbit, 200mbit, 1gbit,50us or 1gbit,2ranks/host"
 SLOWEST, FASTEST = 1e-3, 100.0  # Gbit/s: slower, a segment takes longer than TCP waits; faster, no CPU keeps up
 HOSTS = 64
+ADDRESS = "10.77.0.{}"  # of hosts 1, 2, ... in a network of their own
 TIMEOUT = 20.0  # seconds that setting up may take; it needs 0.1 s for two hosts, 3 s for 64
 _NEWUSER, _NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 
@@ -103,6 +104,10 @@ class Network:
         """Paths of the user namespace and of this rank's network namespace, good while this network is open."""
         user, _bridge, *hosts = self._fds
         return f"/proc/{os.getpid()}/fd/{user}", f"/proc/{os.getpid()}/fd/{hosts[rank // self.link.ranks_per_host]}"
+
+    def address(self, rank: int) -> str:
+        """The address of this rank's host."""
+        return ADDRESS.format(rank // self.link.ranks_per_host + 1)
 
     def close(self) -> None:
         """Lets go of the namespaces."""
@@ -196,7 +201,7 @@ def _script(answer: int, hosts: int, link: Link) -> None:
         _tool("ip", f"link add port{i} type veth peer name eth0 netns /proc/{os.getpid()}/fd/{net}")
     for i, net in enumerate(nets):
         _libc("setns", net, _NEWNET)
-        _tool("ip", "link set lo up", f"addr add 10.77.0.{i + 1}/24 dev eth0", "link set eth0 up")
+        _tool("ip", "link set lo up", f"addr add {ADDRESS.format(i + 1)}/24 dev eth0", "link set eth0 up")
         _limit("eth0", link)
         _libc("setns", bridge, _NEWNET)
         _tool("ip", f"link set port{i} up", f"link set port{i} master hub")

@@ -9,13 +9,11 @@ import ctypes
 import os
 import secrets
 from functools import cache
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from labkit import native
-from labkit.mesh import Mesh
+from labkit.mesh import Mesh, gather
 
 # How often to look at a flag before the core is given up, and then before sleeping.
 CROWDED = 20, 1000  # more ranks than cores: the one that is waited for may need this core
@@ -43,11 +41,11 @@ def library() -> ctypes.CDLL | None:
     )  # fmt: skip
 
 
-def join(mesh: Mesh, host: str, timeout: float, *, alone: bool) -> "dict[str, SharedMemory]":
-    """For each axis of `mesh` whose ranks all are on one host: their shared memory. Collective: every rank calls it once.
+def join(mesh: Mesh, timeout: float, *, alone: bool) -> "dict[str, SharedMemory]":
+    """For each axis of `mesh` whose ranks all are on one of its hosts: their shared memory. Collective: every rank calls it
+    once.
 
     Args:
-        host: ranks with equal names can share memory, as far as this rank knows.
         timeout: seconds that an operation may wait.
         alone: each rank has a core of its own.
     """
@@ -62,25 +60,18 @@ def join(mesh: Mesh, host: str, timeout: float, *, alone: bool) -> "dict[str, Sh
                 os.truncate(fd, lib.labkit_size(mesh.size(axis), _slot(mesh.size(axis))) + len(token))
                 os.pwrite(fd, token, os.fstat(fd).st_size - len(token))
                 owned[axis] = fd, token, f"/proc/{os.getpid()}/fd/{fd}"
-    offers = _gather(mesh, (lib is not None, host, {axis: offer[1:] for axis, offer in owned.items()}))
+    offers = gather((lib is not None, {axis: offer[1:] for axis, offer in owned.items()}))
     joined: dict[str, SharedMemory] = {}
     for axis in axes:
         peers = [offers[rank] for rank in mesh.peers(axis)]
-        if peers[0][2] and all(able and where == host for able, where, _ in peers):
-            memory = _open(mesh, axis, peers[0][2][axis], timeout, ALONE if alone else CROWDED)
+        if mesh.on_one_host(axis) and all(able for able, _ in peers):
+            memory = _open(mesh, axis, peers[0][1][axis], timeout, ALONE if alone else CROWDED)
             if memory:
                 joined[axis] = memory
-    able = _gather(mesh, set(joined))  # if one of a group could not open it, none uses it
+    able = gather(set(joined))  # if one of a group could not open it, none uses it
     for fd, _, _ in owned.values():
         os.close(fd)
     return {axis: m for axis, m in joined.items() if all(axis in able[rank] for rank in mesh.peers(axis))}
-
-
-def _gather(mesh: Mesh, value: Any) -> list[Any]:
-    out: list[Any] = [value] * mesh.world_size
-    if mesh.world_size > 1:
-        dist.all_gather_object(out, value)
-    return out
 
 
 def _slot(n: int) -> int:

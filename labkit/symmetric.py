@@ -18,10 +18,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def join(mesh: Mesh) -> "dict[str, SymmetricMemory]":
-    """For each axis of `mesh` on which it works, a buffer. Collective: every rank calls it once."""
+    """For each axis of `mesh` within a host on which it works, a buffer. Collective: every rank calls it once."""
     joined = {}
     for axis in ("tp", "pp", "dp", "ep"):
-        if mesh.size(axis) > 1:
+        if mesh.size(axis) > 1 and mesh.on_one_host(axis):
             memory: SymmetricMemory | None = None
             try:
                 memory = SymmetricMemory(mesh, axis)

@@ -35,6 +35,23 @@ def test_greedy_tokens_on_gpus(layout: Layout, share: bool, questions_and_answer
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not GPUS, reason="needs a GPU; none here")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_cuda_graphs_change_no_token_and_are_timed(tp: int) -> None:
+    if tp > GPUS:
+        pytest.skip(f"NCCL needs a GPU per rank: {tp}; {GPUS} here")
+    prompts = [[7 * j + i for j in range(n)] for i, n in enumerate((3, 30, 270, 9, 77))]
+    found = []
+    for eager in (True, False):
+        with LLM(dtype="float32", tensor_parallel_size=tp, enforce_eager=eager) as llm:
+            tokens = [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)]
+            decode = {e["what"]: e["calls_per_token"] for e in llm.report()["comm"] if e["phase"] == "decode"}
+            assert all(entry["ms_per_token"] > 0 for entry in llm.report()["comm"])
+            found.append((tokens, decode))
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs; none or one here")
 def test_symmetric_memory_adds_up_as_nccl_does() -> None:
     def sums(comm: Comm) -> tuple[bool, list[bool]]:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from labkit.comm import Comm, Pending
+from labkit.comm import Comm, Pending, Tally
+from labkit.engine.graphs import DecodeGraphs
 from labkit.engine.requests import Abort, Message, Progress, Request, Token
 from labkit.engine.sampling import empty, sample
 from labkit.engine.scheduler import Scheduler, Step
@@ -40,8 +41,8 @@ class EngineOptions:
     """What all ranks must agree on before they load: numbers of sequences and tokens, dtype name, seed of random weights.
 
     overlap: how a step is cut so that its communication is hidden (`parallel.overlap`). spread: which rank has which experts,
-    and how tokens reach them (`parallel.expert`). trace: keep each operation's times. debug: compare each step's plan over the
-    ranks that take it together, and name the one that differs.
+    and how tokens reach them (`parallel.expert`). enforce_eager: no CUDA graphs (`engine.graphs`). trace: keep each operation's
+    times. debug: compare each step's plan over the ranks that take it together, and name the one that differs.
     """
 
     dtype: str
@@ -52,6 +53,7 @@ class EngineOptions:
     overlap: str = "none"
     kv_cache_tokens: int | None = None
     spread: Spread = field(default_factory=Spread)
+    enforce_eager: bool = False
     trace: bool = False
     debug: bool = False
 
@@ -90,14 +92,23 @@ class Engine:
             self.decoder = Decoder(model.config, comm, DTYPES[options.dtype], options.spread)
             fill(self.decoder.parameters(), weights)
             self.cache = self.decoder.cache(self._blocks(), BLOCK)
+        self.graphs = DecodeGraphs(self.decoder, self.cache, comm) if self._recordable() else None
         self.bytes_read = weights.bytes_read
+
+    def _recordable(self) -> bool:
+        """Whether decode steps can be CUDA graphs: nothing in them that the host must know, or do."""
+        mesh, options = self.comm.mesh, self.options
+        on_device = (
+            mesh.device.type == "cuda" and (mesh.backend == "nccl" or mesh.world_size == 1) and not self.comm.link
+        )
+        return on_device and not (options.enforce_eager or options.overlap != "none" or self.model.config.moe)
 
     def _blocks(self) -> int:
         """How many blocks of KV cache each rank can have: as many as `max_num_seqs` of the longest sequences need, or fewer
         where memory is short on any rank."""
         longest, count = -(-self.options.max_model_len // BLOCK), self.options.max_num_seqs
         wanted = longest * count if self.options.kv_cache_tokens is None else -(-self.options.kv_cache_tokens // BLOCK)
-        fits = int(_free_memory(self.comm.device, self.comm.world_size) // self.decoder.cache(1, BLOCK).bytes)
+        fits = int(_free_memory(self.comm.device, self.comm.mesh.ranks_here) // self.decoder.cache(1, BLOCK).bytes)
         everyones = self.comm.all_gather(torch.tensor([min(wanted, fits)], device=self.comm.device), "world", "plan")
         blocks = int(everyones.min())
         if blocks < longest:
@@ -177,6 +188,8 @@ class Engine:
                 flying[lane] = (plan, self._forward(plan))
             tick += 1
         self.comm.flush()
+        if self.graphs:
+            self.graphs.settle()
         counts.seconds = time.perf_counter() - began
         counts.preemptions = own.preemptions
 
@@ -194,7 +207,10 @@ class Engine:
         x = pipeline.receive(self.comm, ids, self.decoder)
         parts = overlap.cut(step.tokens, step.starts, step.tables, step.ends, self.options.overlap)
         replicas = [sum(map(len, plan[r].tokens)) if r in plan else 0 for r in self.followed] if self.together else None
-        y = overlap.forward(self.comm, self.decoder, self.cache, x, parts, replicas)
+        if self.graphs and self.graphs.takes(parts):
+            y = self.graphs.forward(x, parts[0])
+        else:
+            y = overlap.forward(self.comm, self.decoder, self.cache, x, parts, replicas)
         chosen = sample(y, step.sampled, self.decoder.head) if self.decoder.last and any(step.ends) else None
         return pipeline.pass_on(self.comm, y, chosen, empty(step.sampled, self.comm.device))
 
@@ -251,17 +267,20 @@ class Engine:
 
     def report(self) -> dict[str, Any]:
         """What this rank holds, and what the last `generate` did and sent."""
-        place = self.comm.mesh.layout.place(self.comm.rank)
+        mesh = self.comm.mesh
+        place = mesh.layout.place(self.comm.rank)
         counts = self.counts
         tokens = {"prefill": counts.prompt_tokens, "decode": counts.decode_tokens}
         steps = counts.prefill_steps + counts.decode_steps
         # Every step spends one tick on each stage; a lane's turn reaches the last stage pp - 1 ticks after the first.
-        span = counts.ticks + self.comm.mesh.layout.pp - 1
+        span = counts.ticks + mesh.layout.pp - 1
         return {
             "rank": self.comm.rank,
             "pid": os.getpid(),
             "stage": place["pp"],
             "place": place,
+            "host": sorted(set(mesh.hosts), key=mesh.hosts.index).index(mesh.hosts[mesh.rank]),
+            "ranks_here": mesh.ranks_here,
             "layers": len(self.decoder.layers),
             "weights_bytes": self.decoder.weights_bytes,
             "bytes_read": self.bytes_read,
@@ -290,6 +309,7 @@ class Engine:
                     "payload_bytes": tally.payload_bytes,
                     "wire_bytes": tally.wire_bytes,
                     "sent_to": tally.sent_to,
+                    "between_hosts_bytes": self._between_hosts(axis, tally),
                     "seconds": tally.seconds,
                     "hidden_seconds": tally.hidden_seconds,
                     "tokens": tokens.get(phase, 0),
@@ -297,6 +317,14 @@ class Engine:
                 for (op, axis, phase, what), tally in self.comm.tallies.items()
             ],
         }
+
+    def _between_hosts(self, axis: str, tally: Tally) -> int:
+        """Of what was sent, the bytes that went to another host."""
+        mesh = self.comm.mesh
+        if tally.sent_to:
+            to = zip(mesh.peers(axis), tally.sent_to, strict=True)
+            return sum(sent for peer, sent in to if mesh.hosts[peer] != mesh.hosts[mesh.rank])
+        return tally.wire_bytes * mesh.layout.crosses(mesh.rank, axis, mesh.hosts)
 
 
 class Inbox:

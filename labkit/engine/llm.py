@@ -24,7 +24,7 @@ from labkit.engine.core import DTYPES, Engine, EngineOptions, Inbox
 from labkit.engine.outputs import TextStream, request_output
 from labkit.engine.report import assemble
 from labkit.engine.requests import InFlight, Progress, Request, RequestOutput, SamplingParams, Token
-from labkit.launch.local import RankError, RankGroup, in_torchrun, join_torchrun, threads_per_rank
+from labkit.launch.local import RankError, RankGroup, in_torchrun, join_torchrun, launchers, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
 from labkit.model.checkpoint import Checkpoint
@@ -49,6 +49,8 @@ class LLM:
         tensor_parallel_size, pipeline_parallel_size, data_parallel_size: degrees; each replica is tp x pp ranks.
         enable_expert_parallel: spread the experts of a mixture-of-experts model over the dp x tp ranks of each stage; off, each
             expert is cut over tp.
+        rank_order: which ranks are neighbours, and so on one host: tensor-parallel ones ("dp-pp-tp"), or by another order of
+            the three, as "dp-tp-pp", stages.
         expert_exchange: how tokens and experts meet then: "all_to_all", "all_gather" or "all_reduce" (`labkit.parallel.expert`).
         expert_placement: which rank has which expert: "contiguous", "round-robin", or by layer the experts of each rank, as
             `labkit.split.experts_by_load` makes them from the loads in a report.
@@ -63,9 +65,11 @@ class LLM:
         threads: torch threads of each rank; by default the cores shared out evenly.
         collective_timeout: seconds that a rank waits for another before the run is given up.
         shared_memory: ranks of one host talk through shared memory where they can; off, through sockets alone.
+        distributed_executor_backend: "mp", ranks on this machine, or "ray", on the nodes of a Ray cluster (`labkit.launch.ray`).
         link: between the ranks, as "1gbit" or "200mbit,50us" (`labkit.links`); its measured rate is in the report.
         overlap: "none"; "chunks" (pieces of each prompt) or "two-batch" (two halves of the sequences) hide communication over
             a slow link behind computation (`labkit.parallel.overlap`).
+        enforce_eager: on GPUs, launch every kernel of a decode step by itself instead of repeating a CUDA graph.
         trace: keep what each rank did when, for `trace()`.
         debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
         restart: when a rank fails, start all ranks again, and go on with each request behind the last token that it has got. What
@@ -84,6 +88,7 @@ class LLM:
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         enable_expert_parallel: bool = False,
+        rank_order: str = "dp-pp-tp",
         expert_exchange: str = "all_to_all",
         expert_placement: str | Mapping[int, Sequence[Sequence[int]]] = "contiguous",
         dtype: str = "auto",
@@ -95,15 +100,17 @@ class LLM:
         threads: int | None = None,
         collective_timeout: float = 60.0,
         shared_memory: bool = True,
+        distributed_executor_backend: str = "mp",
         link: Link | str | None = None,
         overlap: str = "none",
+        enforce_eager: bool = False,
         trace: bool = False,
         debug: bool = False,
         restart: bool = False,
     ) -> None:
         self.layout = Layout(
             tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size,
-            expert_parallel=enable_expert_parallel,
+            expert_parallel=enable_expert_parallel, order=rank_order,
         )  # fmt: skip
         self.model: Model = find(model)
         config = self.model.config
@@ -125,6 +132,7 @@ class LLM:
             kv_cache_tokens=None if kv_cache_tokens is None else _at_least_one("kv_cache_tokens", kv_cache_tokens),
             overlap=_one_of("overlap", overlap, MODES),
             spread=spread,
+            enforce_eager=enforce_eager,
             trace=trace,
             debug=debug,
         )
@@ -136,7 +144,8 @@ class LLM:
         if self.model.folder:
             with closing(Checkpoint(self.model.folder)) as checkpoint:
                 checkpoint.check(tensors(config))
-        self.threads = threads or threads_per_rank(self.layout.world)
+        self._executor = _one_of("distributed_executor_backend", distributed_executor_backend, ("mp", "ray"))
+        self.threads = threads or (1 if self._executor == "ray" else threads_per_rank(self.layout.world))
         self._between: dict[str, Any] = {
             "collective_timeout": collective_timeout,
             "shared_memory": shared_memory,
@@ -155,8 +164,13 @@ class LLM:
                 raise ValueError(f"link={str(link)!r} under torchrun: links are emulated between local CPU ranks only")
             if restart:
                 raise ValueError("restart=True under torchrun: ranks that it has started, it restarts (--max-restarts)")
-            comm = join_torchrun(self.layout, threads=self.threads, **self._between)
-            self._engine = Engine(self.model, comm, self.options)
+            if self._executor == "ray":
+                raise ValueError(
+                    "distributed_executor_backend='ray' under torchrun, which has started the ranks: use 'mp'"
+                )
+            comm = join_torchrun(self.layout, threads=threads, **self._between)
+            self.threads = torch.get_num_threads()
+            self._engine = _load(self.model, comm, self.options)
         else:
             self._between["link"] = link
             self._start()
@@ -282,7 +296,7 @@ class LLM:
         self._rank_reports = message["ranks"]
 
     def _start(self) -> RankGroup:
-        group = RankGroup(
+        group = launchers("local" if self._executor == "mp" else "ray")(
             _serve,
             self.layout.world,
             args=(self.model, self.options),
@@ -353,7 +367,8 @@ class LLM:
             yield from engine.generate(requests)
         else:  # replicas differ in what they serve: put it together at the end
             steps = list(engine.generate(requests))
-            replicas = engine.comm.gather_objects(steps)[:: self.layout.tp * self.layout.pp]
+            everyones = engine.comm.gather_objects(steps)
+            replicas = [everyones[rank] for rank in self.layout.peers(0, "dp")]
             yield from sorted((s for replica in replicas for s in replica), key=lambda s: s.tokens[0].seconds)
         self._rank_reports = engine.comm.gather_objects(engine.report())
 
@@ -426,9 +441,18 @@ class LLM:
         return ids
 
 
+def _load(model: Model, comm: Comm, options: EngineOptions) -> Engine:
+    engine = Engine(model, comm, options)
+    if not comm.mesh.on_one_host("world"):
+        from labkit.predict.placement import warn_of_parted_groups
+
+        warn_of_parted_groups(engine)
+    return engine
+
+
 def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
     """What each launched rank does: load, then serve one message of requests after another until the channel closes."""
-    engine = Engine(model, comm, options)
+    engine = _load(model, comm, options)
     channel.send(engine.report())
     leads = comm.mesh.pp_rank == comm.mesh.tp_rank == 0
     while True:

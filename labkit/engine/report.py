@@ -27,7 +27,8 @@ def assemble(
     between a token and the next of its request, which a few long waits don't move. comm: one entry per operation,
     axis, phase and kind; per token = per decode step of one sequence (decode) or per prompt token (prefill), on the rank
     that does most of it; ms_per_token is what the rank was kept by it, hidden_ms_per_token what went on beside its work. With
-    a batch, one call serves several sequences, so calls_per_token is below calls per step.
+    a batch, one call serves several sequences, so calls_per_token is below calls per step. hosts: how many the ranks are on.
+    between_hosts_bytes_per_token: by phase, what the ranks of one replica together send from host to host.
     """
     times: dict[int, list[float]] = {}
     for step in steps:
@@ -37,14 +38,19 @@ def assemble(
     tpots = [(t[-1] - t[0]) / (len(t) - 1) for t in times.values() if len(t) > 1]
     generated = sum(len(t) for t in times.values())
     seconds = max((r["seconds"] for r in ranks), default=0.0)
-    backend, device = pick_backend(layout.world)
+    here = max((r["ranks_here"] for r in ranks), default=layout.world)
+    backend, device = pick_backend(here)
     return {
         "layout": layout.as_dict(),
         "hardware": hardware(device),
         "backend": backend,
         "dtype": options.dtype,
         "threads_per_rank": threads,
-        "oversubscribed": oversubscribed(layout.world),
+        "oversubscribed": oversubscribed(here),
+        "hosts": len({r["host"] for r in ranks}),
+        "between_hosts_bytes_per_token": {
+            phase: between_hosts_bytes_per_token(ranks, phase) / layout.dp for phase in ("prefill", "decode")
+        },
         "overlap": options.overlap,
         "tokens_per_s": generated / seconds if seconds else None,
         "ttft_ms": median(t[0] for t in times.values()) * 1e3 if times else None,
@@ -62,6 +68,12 @@ def assemble(
         "comm": _comm(ranks),
         "experts": _experts(layout, options.spread.exchange, ranks),
     }
+
+
+def between_hosts_bytes_per_token(ranks: Sequence[dict[str, Any]], phase: str) -> float:
+    """Bytes that ranks (`Engine.report`) send to ranks on other hosts for each token of their replica, all ranks together."""
+    entries = [e for rank in ranks for e in rank["comm"] if e["phase"] == phase]
+    return sum(e["between_hosts_bytes"] / max(e["tokens"], 1) for e in entries)
 
 
 def _decode_comm_ms(rank: dict[str, Any]) -> float:

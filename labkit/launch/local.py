@@ -136,19 +136,20 @@ class RankGroup:
         self._done: set[int] = set()
         self._failures: dict[int, Failure] = {}  # in the order in which they became known
         wiring = Wiring(
-            layout, threads or threads_per_rank(ranks), core_ids(), collective_timeout, start_timeout, meter,
-            shared_memory, overlap, link, [network.where(rank) for rank in range(ranks)] if network else None,
+            layout, threads or self._threads(), core_ids(), collective_timeout, start_timeout, meter,
+            shared_memory, overlap, link=link,
+            namespaces=[network.where(rank) for rank in range(ranks)] if network else None,
         )  # fmt: skip
         environ = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "MASTER_PORT")}
         sources = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-        self._processes: list[Any] = []
-        ours: list[Connection] = []
-        files: list[Any] = [network] if network else []
+        self._links: dict[int, Connection] = {}
+        self._sentinels: dict[int, int] = {}
+        self._files: list[Any] = [network] if network else []
         with _unbroken():
             self._folder = Path(tempfile.mkdtemp(prefix="labkit-"))
+            end, resources = self._ending()
             # multiprocessing's own finalizer: it also runs before multiprocessing joins children at exit.
-            resources = (self._processes, ours, files, self._folder)
-            self._finalizer = util.Finalize(self, _end, resources, exitpriority=100)
+            self._finalizer = util.Finalize(self, end, resources, exitpriority=100)
         try:
             with _unbroken():
                 try:
@@ -156,24 +157,36 @@ class RankGroup:
                 except OSError as error:
                     where = f"{self._folder.parent}, where ranks meet (TMPDIR can name another folder)"
                     raise OSError(error.errno, f"{error.strerror}: {where}") from error
-                files.append(self._board)
-                pipes = [multiprocessing.Pipe() for _ in range(ranks)]
-                ours += [here for here, _ in pipes]
-                theirs = [there for _, there in pipes]
-                self._links = dict(enumerate(ours))
-                job = Job(work, wiring, self._folder, environ, sources)
-                with _without_main():
-                    multiprocessing.set_forkserver_preload(PRELOAD)
-                    context = start_processes(main, (job, theirs), ranks, join=False, start_method="forkserver")
-                for their in theirs:
-                    their.close()
-                self._processes += context.processes
-                self.pids = context.pids()
-                self._sentinels = {process.sentinel: rank for rank, process in enumerate(context.processes)}
+                self._files.append(self._board)
+                self._start(Job(work, wiring, self._folder, environ, sources))
             self._until(lambda: len(self._up) == ranks, start_timeout, f"not all ranks up after {start_timeout:g} s")
         except BaseException:
             self._end()
             raise
+
+    def _threads(self) -> int:
+        return threads_per_rank(self.ranks)
+
+    def _ending(self) -> tuple[Callable[..., None], tuple[Any, ...]]:
+        """What ends the ranks, and its arguments, into which goes what has been started."""
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        return _end, (self._processes, self._pipes, self._files, self._folder)
+
+    def _start(self, job: Job) -> None:
+        """Starts the ranks."""
+        pipes = [multiprocessing.Pipe() for _ in range(self.ranks)]
+        self._pipes += [here for here, _ in pipes]
+        theirs = [there for _, there in pipes]
+        self._links |= enumerate(self._pipes)
+        with _without_main():
+            multiprocessing.set_forkserver_preload(PRELOAD)
+            context = start_processes(main, (job, theirs), self.ranks, join=False, start_method="forkserver")
+        for their in theirs:
+            their.close()
+        self._processes += context.processes
+        self.pids = context.pids()
+        self._sentinels |= {process.sentinel: rank for rank, process in enumerate(context.processes)}
 
     def send(self, message: Any) -> None:
         """One message to every rank."""
@@ -257,7 +270,9 @@ class RankGroup:
         except (EOFError, OSError):  # its process has ended, or is about to: its sentinel will say how
             del self._links[rank]
             return
-        kind, value = pickle.loads(raw)
+        self._take(rank, *pickle.loads(raw))
+
+    def _take(self, rank: int, kind: str, value: Any) -> None:
         match kind:
             case "message":
                 self._inbox.append((rank, value))
@@ -362,9 +377,7 @@ class RankGroup:
     ) -> str:
         """`text`, and a line or two on every rank but those `told` of: what it did when `seen`, and where in whose code."""
         running = self._up - self._done - self._failures.keys()
-        for rank in running:
-            with contextlib.suppress(OSError):
-                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes its stack
+        self._ask_for_stacks(running)
         for rank in sorted(set(range(self.ranks)) - self._done):
             failure, said = self._failures.get(rank), " " + doings[rank].describe(seen)
             if failure and (failure.own or explain_lost or not doings[rank].waiting):
@@ -378,6 +391,11 @@ class RankGroup:
                 "\n  These are different operations: all ranks of a group must call the same ones in the same order."
             )
         return text
+
+    def _ask_for_stacks(self, ranks: set[int]) -> None:
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                os.kill(self.pids[rank], signal.SIGUSR1)  # faulthandler writes it
 
     def _stack(self, rank: int, patience: float = 0) -> tuple[Frame, ...]:
         """What faulthandler has written of a rank: the innermost frame first. Nothing, where it ended before it had begun."""
@@ -417,8 +435,9 @@ def run(
     shared_memory: bool = True,
     overlap: bool = False,
     link: Link | str | None = None,
+    launcher: str = "local",
 ) -> list[Any]:
-    """Calls `fn(comm, *args)` on fresh local ranks; what they return, in rank order (tensors as copies).
+    """Calls `fn(comm, *args)` on fresh ranks; what they return, in rank order (tensors as copies).
 
     Args:
         fn: any function, also a lambda or one from a notebook; it travels by value, with what it refers to.
@@ -426,17 +445,29 @@ def run(
         timeout: seconds for all of it, from when the ranks are up. collective_timeout: for one operation between ranks.
         threads: torch threads of each (default: the cores shared out). shared_memory: use it between the ranks.
         overlap: operations are to go on while the ranks compute. link: one to emulate between them, as RankGroup does.
+        launcher: "local", or "ray": on the nodes of a Ray cluster (`labkit.launch.ray`).
 
     Raises RankError when a rank raises, dies, or does not finish in time; otherwise as RankGroup does.
     """
     ranks = ranks if ranks is not None else layout.world if layout else 2
-    with RankGroup(
+    with launchers(launcher)(
         _call, ranks, args=(fn, args), layout=layout, threads=threads, collective_timeout=collective_timeout,
         shared_memory=shared_memory, overlap=overlap, link=link,
     ) as group:  # fmt: skip
         group._until(lambda: len(group._inbox) == ranks, timeout, f"not finished after {timeout:g} s")
         values = dict(group._inbox)
     return [values[rank] for rank in range(ranks)]
+
+
+def launchers(name: str) -> type[RankGroup]:
+    """What starts ranks: "local" or "ray". Raises ValueError for another name, ImportError where Ray isn't installed."""
+    if name == "local":
+        return RankGroup
+    if name == "ray":
+        from labkit.launch.ray import RayGroup
+
+        return RayGroup
+    raise ValueError(f"launcher={name!r}: use 'local' or 'ray'")
 
 
 def _call(comm: Comm, channel: Channel, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:

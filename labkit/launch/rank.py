@@ -16,9 +16,11 @@ import re
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -35,7 +38,7 @@ from labkit.comm import Comm, CommError
 from labkit.launch.board import Board
 from labkit.links import Link, enter
 from labkit.measure.machine import core_ids
-from labkit.mesh import Layout, Mesh, pick_backend
+from labkit.mesh import Layout, Mesh, gather, pick_backend
 from labkit.split import LayoutError
 
 LOST_A_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo")  # gloo's words
@@ -55,6 +58,8 @@ class Wiring:
     meter: bool = True
     shared_memory: bool = True
     overlap: bool = False  # operations are to go on while the ranks compute
+    pin: bool = True  # each rank to cores of its own
+    head: str = ""  # the address of rank 0's host, where ranks are on several
     link: Link | None = None  # emulated
     namespaces: list[tuple[str, str]] | None = None  # by the kernel, in these, a pair for each rank; None: by Comm
 
@@ -66,7 +71,7 @@ class Job:
     work: bytes  # (fn, args), pickled by value
     wiring: Wiring
     folder: Path
-    environ: dict[str, str]
+    environ: dict[str, str]  # empty: the rank's own
     sources: dict[str, Any]  # of notebook cells, as linecache keeps them
 
 
@@ -146,31 +151,42 @@ def main(rank: int, job: Job, links: list[Connection]) -> None:
     """The whole life of one launched rank."""
     if job.wiring.namespaces:
         enter(*job.wiring.namespaces[rank])  # first of all: a second thread would bar the way
-    threading.Thread(target=_end_with_launcher, args=(links[rank], job.folder), daemon=True).start()
+    end_with_launcher(links[rank], job.folder)
     for other in links[:rank] + links[rank + 1 :]:
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group: the launcher's to answer
     try:
-        _work(rank, len(links), job, links[rank])
+        world = len(links)
+        work(rank, world, job, links[rank], lambda: dist.FileStore(str(job.folder / "rendezvous"), world), rank, world)
     except (OSError, EOFError):  # the launcher has gone, and with it the pipe and the folder
         os._exit(1)
     os._exit(0)  # not through the destructors of Python, gloo and NCCL: where a peer has gone they wait, or abort
 
 
-def _work(rank: int, world: int, job: Job, link: Connection) -> None:
+def work(
+    rank: int, world: int, job: Job, link: Connection, meet: Callable[[], dist.Store], local_rank: int, local_world: int,
+    beside: Callable[[Channel, Board], None] | None = None,
+) -> None:  # fmt: skip
+    """Joins the others, in the store of `meet()`; does the job; tells the launcher how it went, and waits until all have.
+
+    beside: runs in a thread of its own meanwhile.
+    """
     stack = (job.folder / f"stack-{rank}").open("w")
     faulthandler.enable(stack)
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     linecache.cache.update(job.sources)
-    os.environ.clear()
-    os.environ.update(job.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    os.environ.update({"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)})
+    if job.environ:
+        os.environ.clear()
+        os.environ.update(job.environ)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(local_rank)})
+    os.environ.update({"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(local_world)})
     board = Board(job.folder / "board", world, rank)
     channel = Channel(link, board)
+    if beside:
+        threading.Thread(target=beside, args=(channel, board), daemon=True).start()
     sys.stdout, sys.stderr = out, err = _Lines(channel, "stdout"), _Lines(channel, "stderr")
     try:
-        store = dist.FileStore(str(job.folder / "rendezvous"), world)
-        group = {"store": store, "rank": rank, "world_size": world}
+        group = {"store": meet(), "rank": rank, "world_size": world}
         comm = _join(job.wiring, group, board)
         fn, args = pickle.loads(job.work)
         channel.put("ready", None)
@@ -186,16 +202,22 @@ def _work(rank: int, world: int, job: Job, link: Connection) -> None:
     channel.wait_for_the_end()
 
 
-def _end_with_launcher(link: Connection, folder: Path) -> None:
-    """Waits for the launcher's end of the pipe to close, which it does however the launcher dies, and ends this process.
+def end_with_launcher(link: Connection, folder: Path) -> None:
+    """From now on, ends this process when the launcher's end of the line closes, which it does however the launcher dies.
 
     Works while the main thread is blocked in a collective, which does not hold the GIL.
     """
-    poll = select.poll()
-    poll.register(link.fileno(), 0)  # no events but the hang-up
-    poll.poll()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(
+            link.fileno(), getattr(select, "POLLRDHUP", 0)
+        )  # no events but the hang-up, of a pipe or over TCP
+        poll.poll()
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _failure(error: BaseException) -> Failure:
@@ -247,7 +269,8 @@ def join_torchrun(
         raise LayoutError(f"torchrun started {world} ranks; {grid} needs {layout.world}")
     cores = core_ids()
     threads = threads or max(1, len(cores) // int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    wiring = Wiring(layout, threads, cores, collective_timeout, 60, meter, shared_memory, overlap)
+    head = os.environ["MASTER_ADDR"]
+    wiring = Wiring(layout, threads, cores, collective_timeout, 60, meter, shared_memory, overlap, head=head)
     return _join(wiring, {"init_method": "env://"}, None)
 
 
@@ -259,13 +282,13 @@ def _join(wiring: Wiring, group: dict[str, Any], board: Board | None) -> Comm:
     device = torch.device(kind, here % torch.cuda.device_count()) if kind == "cuda" else torch.device("cpu")
     if not dist.is_initialized():
         torch.set_num_threads(wiring.threads)
-        if ranks_here * wiring.threads <= len(cores) and hasattr(os, "sched_setaffinity"):
+        if wiring.pin and ranks_here * wiring.threads <= len(cores) and hasattr(os, "sched_setaffinity"):
             share = len(cores) // ranks_here
             os.sched_setaffinity(0, cores[here * share : (here + 1) * share])
         if wiring.namespaces:
             os.environ["GLOO_SOCKET_IFNAME"] = "eth0"  # there is no other
-        elif ranks_here == layout.world and Path("/sys/class/net/lo").exists():
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo uses what the host's name resolves to
+        elif "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface(wiring.head, ranks_here == layout.world)):
+            os.environ["GLOO_SOCKET_IFNAME"] = name  # else gloo uses what the host's name resolves to
         if kind == "cuda":
             torch.cuda.set_device(device)
         group["device_id"] = device if backend == "nccl" else None
@@ -273,20 +296,35 @@ def _join(wiring: Wiring, group: dict[str, Any], board: Board | None) -> Comm:
         if board is None:  # torchrun's ranks end like any script, and gloo's threads abort one that leaves them running
             atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     _set_pg_timeout(timedelta(seconds=wiring.timeout))  # starting up may take longer than a collective
-    mesh = Mesh(layout, device, wiring.timeout)
+    link = None if wiring.namespaces else wiring.link
+    host = f"{host_name()} {here // link.ranks_per_host}" if link else host_name()
+    mesh = Mesh(layout, device, wiring.timeout, gather(host), ranks_here)
     if not wiring.overlap:
         _calm_gloo()
-    link = None if wiring.namespaces else wiring.link
     shared: dict[str, Any] = {}
-    if wiring.shared_memory and backend == "nccl" and ranks_here == layout.world:
+    if wiring.shared_memory and backend == "nccl":
         shared = symmetric.join(mesh)
     elif wiring.shared_memory and kind == "cpu":
-        host = f"{_host()} {here // link.ranks_per_host}" if link else _host()
-        shared = shm.join(mesh, host, wiring.timeout, alone=ranks_here <= len(cores))
+        shared = shm.join(mesh, wiring.timeout, alone=ranks_here <= len(cores))
     return Comm(mesh, meter=wiring.meter, board=board, shared=shared, link=link)
 
 
-def _host() -> str:
+def interface(head: str, alone: bool) -> str | None:
+    """The network interface for gloo: with all ranks on this host (`alone`) the loopback, else the one that leads to `head`,
+    the first rank's host, or on that host into the world. None where this can't be told."""
+    if alone:
+        return "lo" if Path("/sys/class/net/lo").exists() else None
+    names = {a.address: name for name, addresses in psutil.net_if_addrs().items() for a in addresses}
+    for target in (head, "203.0.113.1"):  # which is nobody's (RFC 5737); nothing is sent to either
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            address = probe.getsockname()[0]
+            if address in names and not address.startswith("127."):
+                return names[address]
+    return None
+
+
+def host_name() -> str:
     """Names this host, or what an emulated link has made one of: a machine since its start, and a network namespace of it."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/net")

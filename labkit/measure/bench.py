@@ -3,6 +3,7 @@
 On a shared machine speed changes from minute to minute: compare rows of one call, not of two.
 """
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 
 from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
-from labkit.launch.local import threads_per_rank
+from labkit.launch.local import in_torchrun, threads_per_rank
 from labkit.links import Link
 from labkit.model.find import TINY_MOE, find
 from labkit.parallel.expert import EXCHANGES
 from labkit.parallel.overlap import MODES
+from labkit.predict.dryrun import dryrun
 from labkit.split import experts_by_load
 
 Row = dict[str, Any]
@@ -183,6 +185,39 @@ def pipeline(
             row["throughput"] = row["batch"] / tpot * 1e3 if tpot else row["batch"] * length / row["seconds"]
             row["gain"] = row["throughput"] / pair[0]["throughput"]
         rows += pair
+    return rows
+
+
+def hosts(
+    model: str, *, dtype: str = "auto", tp: int = 2, pp: int = 2, batch: int = 1, prompt: int = 128, tokens: int = 16,
+    repeats: int = 3, threads: int | None = None, link: str | None = None,
+) -> list[Row]:  # fmt: skip
+    """A layout over several hosts, each tensor-parallel group inside one of them and then across them; both take turns.
+
+    The hosts are torchrun's, or emulated ones, `tp` ranks on each, joined by a `link`.
+
+    Rows are `in_turns`'s, with `measured_bytes` from host to host for each decoded token, `predicted_bytes` by a dry run (not
+    on torchrun's later ranks), and `slowdown`: TPOT over that of the first row. Raises ValueError if there is only one host.
+    """
+    at = f"{link},{tp}ranks/host" if link and "/host" not in link else link
+    orders = {"TP inside hosts": "dp-pp-tp", "TP across hosts": "dp-tp-pp"}
+    if tp < 2 or pp < 2:
+        raise ValueError(f"tp={tp}, pp={pp}: use 2 or more")
+    rows = in_turns(
+        model, {name: {"rank_order": order} for name, order in orders.items()}, batch=batch, prompt=prompt, tokens=tokens,
+        repeats=repeats, dtype=dtype, threads=threads, link=at, tensor_parallel_size=tp, pipeline_parallel_size=pp,
+    )  # fmt: skip
+    for row, order in zip(rows, orders.values(), strict=True):
+        if row["hosts"] == 1:
+            raise ValueError("all ranks are on one host: give a link, or run it under torchrun on several hosts")
+        row["measured_bytes"] = row["between_hosts_bytes_per_token"]["decode"]
+        row["slowdown"] = row["tpot_ms"] / rows[0]["tpot_ms"]
+        if not in_torchrun() or os.environ["RANK"] == "0":
+            dry = dryrun(
+                model, tp=tp, pp=pp, batch=batch, context=prompt + 1, dtype=row["dtype"], device="cpu", rank_order=order,
+                ranks_per_host=sum(rank["host"] == 0 for rank in row["ranks"]),
+            )  # fmt: skip
+            row["predicted_bytes"] = dry["between_hosts_bytes_per_token"]["decode"]
     return rows
 
 

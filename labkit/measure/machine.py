@@ -2,13 +2,15 @@
 
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import torch
 
 
+@cache
 def core_ids() -> list[int]:
-    """The cores that this process may use."""
+    """The cores that this process may use, as when first asked: torchrun's ranks are pinned to some of them later."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 

@@ -189,11 +189,11 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
         """Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
-        c = kernels.suiting(x, kernels.ROWS)
-        if c and not batch.pieces:
+        c = kernels.suiting(x) if batch.size % kernels.TOKENS == 0 else None
+        if c and not batch.pieces and len(x) <= kernels.ROWS:
             return self.o.reduce(kernels.attention(c, self.in_c, batch.singles_in_c, x, k, v))
         qkv = self.qkv(kernels.rms_norm(x, self.norm, self.cfg.rms_eps))
-        outs = self._outs_with_c(c, qkv, batch, k, v) if (c := kernels.suiting(qkv)) else self._outs(qkv, batch, k, v)
+        outs = self._outs_with_c(c, qkv, batch, k, v) if c else self._outs(qkv, batch, k, v)
         return self.o(outs[0] if len(outs) == 1 else torch.cat(outs))
 
     @cached_property

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from labkit import native
 
 ROWS = 8  # up to which a product in C is faster
+TOKENS = 16  # a block of the cache holds a multiple of these
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_avx512", "AVX2": "_kernels_avx2"}
 
@@ -128,14 +129,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (N, width) over the root of the mean of its squares, times weight (width,) (arXiv 1910.07467)."""
+    """x (..., width) over the root of the mean of its squares, times weight (width,) (arXiv 1910.07467)."""
     c = suiting(x)
     if c is None:
         return F.rms_norm(x, weight.shape, weight, eps)
-    y = torch.empty_like(x)
+    y, width = torch.empty_like(x), x.shape[-1]
     c.labkit_rms_norm(
-        x.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape, eps, DTYPES[x.dtype], torch.get_num_threads()
-    )
+        x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // width, width, eps, DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 

@@ -99,6 +99,13 @@ INLINE vec sums(vec *v) {
     return v[0];
 }
 
+/* Rows of the tile that `rows` of them, up to 8, go into. */
+static size_t tile_rows(size_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+
+/* f(..., rows), compiled for each number of rows that a tile can have. */
+#define FOR_ROWS_OF(rows, f, ...) \
+    (rows == 8 ? f(__VA_ARGS__, 8) : rows == 4 ? f(__VA_ARGS__, 4) : rows == 2 ? f(__VA_ARGS__, 2) : f(__VA_ARGS__, 1))
+
 /* y = silu(gate) * up; y may be gate. */
 static void swiglu(const float *gate, const float *up, float *y, size_t width) {
 #pragma omp simd

@@ -10,18 +10,19 @@ static void NAME(narrow_all)(const float *x, T *y, size_t count) {
 
 /* -- products ------------------------------------------------------------------------------------------------------- */
 
-/* LANES sums for each of `rows` rows: y (rows, LANES) = x (rows, in) times w (LANES, in) transposed, LANES numbers at a time.
+/* LANES sums for each of `rows` rows: y (rows, LANES) = x (rows, in) times w (LANES, in) transposed, LANES numbers at a time. The
+   rows of w are `stride` numbers apart.
    The next LANES rows of w are fetched meanwhile, into the second-level cache, which the processor does not do by itself: without, a
    decode step of SmolLM2 took 1.3 times as long. */
-INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, const int rows) {
+INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t stride, const int rows) {
     const int outs = LANES / rows;
-    for (int first = 0; first < LANES; first += outs, w += outs * in) {
+    for (int first = 0; first < LANES; first += outs, w += outs * stride) {
         vec total[LANES] = {0}, weights[LANES];
         size_t k = 0;
         for (; k + LANES <= in; k += LANES) {
             for (int o = 0; o < outs; o++) {
-                weights[o] = NAME(load)(w + o * in + k);
-                __builtin_prefetch(w + (LANES + o) * in + k, 0, 2);
+                weights[o] = NAME(load)(w + o * stride + k);
+                __builtin_prefetch(w + (LANES + o) * stride + k, 0, 2);
             }
             for (int r = 0; r < rows; r++) {
                 vec values = load_f32(x + r * in + k);
@@ -33,7 +34,7 @@ INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, const in
         for (int r = 0; r < rows; r++)
             for (int o = 0; o < outs; o++) {
                 float sum = all[r * outs + o];
-                for (size_t rest = k; rest < in; rest++) sum += x[r * in + rest] * NAME(wide)(w[o * in + rest]);
+                for (size_t rest = k; rest < in; rest++) sum += x[r * in + rest] * NAME(wide)(w[o * stride + rest]);
                 y[r * LANES + first + o] = sum;
             }
     }
@@ -49,7 +50,7 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
             }
         return;
     }
-    size_t rest = rows % 8, most = rows - rest + (rest > 4 ? 8 : rest > 2 ? 4 : rest);
+    size_t most = rows - rows % 8 + tile_rows(rows % 8);
     if (most > rows) { /* rows of zeros fill up the last tile */
         float *filled = memset(scratch(FOR_TILES, most * in), 0, most * in * sizeof(float));
         x = memcpy(filled, x, rows * in * sizeof(float));
@@ -59,14 +60,9 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
         /* the last tile may overlap the one before it: the same numbers are written twice */
         size_t first = (t + 1) * LANES <= out ? t * LANES : out - LANES;
         for (size_t r = 0, n; r < most; r += n) {
-            const float *some = x + r * in;
-            const T *here = w + first * in;
             float sum[8 * LANES];
             n = most - r >= 8 ? 8 : most - r;
-            if (n == 8) NAME(tile)(some, here, sum, in, 8);
-            else if (n == 4) NAME(tile)(some, here, sum, in, 4);
-            else if (n == 2) NAME(tile)(some, here, sum, in, 2);
-            else NAME(tile)(some, here, sum, in, 1);
+            FOR_ROWS_OF(n, NAME(tile), x + r * in, w + first * in, sum, in, in);
             for (size_t i = 0; i < n && r + i < rows; i++)
                 for (size_t o = 0; o < LANES; o++)
                     y[(r + i) * out + first + o] = sum[i * LANES + o] + (bias ? NAME(wide)(bias[first + o]) : 0);
@@ -103,31 +99,49 @@ static void NAME(place)(const Attention *a, const Step *s, size_t n, float *qkv,
     NAME(narrow_all)(qkv + heads * d, v_cache + at, token);
 }
 
-/* Where the cache has KV head `kv` of the token at position `t` of a sequence with these blocks. */
-INLINE const T *NAME(cached)(const Attention *a, const Step *s, const T *cache, const int64_t *blocks, size_t t, size_t kv) {
-    return cache + ((blocks[t / s->size] * s->size + t % s->size) * a->kv_heads + kv) * a->width;
-}
-
-/* Of token `n`: the query heads that read KV head `kv`, over all that the cache has of its sequence. */
-static void NAME(look)(const Attention *a, const Step *s, size_t n, size_t kv, const float *q, const T *k_cache,
-                       const T *v_cache, float *out) {
-    size_t d = a->width, context = s->positions[n] + 1;
-    size_t first = kv * a->group > (size_t)a->skipped ? kv * a->group - a->skipped : 0;
-    size_t stop = (kv + 1) * a->group - a->skipped;
-    size_t heads = (stop < (size_t)a->heads ? stop : (size_t)a->heads) - first;
-    const int64_t *blocks = s->tables + n * s->blocks;
-    float *scores = scratch(FOR_HEADS, heads * context), scale = 1 / sqrtf(d);
-    q += first * d, out += first * d;
-    for (size_t t = 0; t < context; t++) {
-        const T *k = NAME(cached)(a, s, k_cache, blocks, t, kv);
-        for (size_t h = 0; h < heads; h++) {
-            float dot = 0;
-#pragma omp simd reduction(+ : dot)
-            for (size_t i = 0; i < d; i++) dot += q[h * d + i] * NAME(wide)(k[i]);
-            scores[h * context + t] = dot * scale;
+/* out (rows, width) = p (rows, context) times v (context, width), of one KV head in the cache; columns `at` to at + vecs x LANES. */
+INLINE void NAME(mix_some)(const Attention *a, const Step *s, const float *p, size_t context, const T *v, const int64_t *blocks,
+                           float *out, size_t at, const int rows, const int vecs) {
+    size_t token = a->kv_heads * a->width, block = s->size * token;
+    vec total[16] = {0}, values[4];
+    for (size_t t = 0; t < context; blocks++) {
+        const T *here = v + *blocks * block + at, *next = v + blocks[t + s->size < context] * block + at;
+        for (size_t stop = t + s->size < context ? t + s->size : context; t < stop; t++, here += token, next += token) {
+            for (int j = 0; j < vecs; j++) values[j] = NAME(load)(here + j * LANES);
+            __builtin_prefetch(next), __builtin_prefetch(next + vecs * LANES - 1);
+            for (int r = 0; r < rows; r++)
+                for (int j = 0; j < vecs; j++) total[r * vecs + j] += p[r * context + t] * values[j];
         }
     }
-    for (float *row = scores; row < scores + heads * context; row += context) {
+    for (int r = 0; r < rows; r++) memcpy(out + r * a->width + at, total + r * vecs, vecs * sizeof(vec));
+}
+
+/* The same for all whole vecs of columns, as many at once as there are registers. */
+INLINE void NAME(mix)(const Attention *a, const Step *s, const float *p, size_t context, const T *v, const int64_t *blocks,
+                      float *out, const int rows) {
+    const size_t most = (4 * rows > LANES ? LANES / rows : 4) * LANES, width = a->width;
+    size_t at = 0;
+    for (; at + most <= width; at += most) NAME(mix_some)(a, s, p, context, v, blocks, out, at, rows, most / LANES);
+    for (; at + LANES <= width; at += LANES) NAME(mix_some)(a, s, p, context, v, blocks, out, at, rows, 1);
+}
+
+/* Of token `n`: query heads that read KV head `kv`, up to 8 from `first` on, over all that the cache has of its sequence.
+   A block of the cache holds a multiple of LANES tokens. */
+static void NAME(look)(const Attention *a, const Step *s, size_t n, size_t kv, size_t first, size_t heads, const float *q,
+                       const T *k, const T *v, float *out) {
+    size_t d = a->width, token = a->kv_heads * d, context = s->positions[n] + 1, rows = tile_rows(heads), whole = d / LANES * LANES;
+    const int64_t *blocks = s->tables + n * s->blocks;
+    float *own = scratch(FOR_HEADS, rows * (2 * d + context)), *p = own + rows * d, *sum = p + rows * context;
+    memset(own, 0, rows * d * sizeof(float)); /* heads of zeros fill up the last tile */
+    for (size_t i = 0; i < heads * d; i++) own[i] = q[first * d + i] / sqrtf(d);
+    k += kv * d, v += kv * d;
+    for (size_t t = 0; t < context; t += LANES) {
+        float some[8 * LANES];
+        FOR_ROWS_OF(rows, NAME(tile), own, k + (blocks[t / s->size] * s->size + t % s->size) * token, some, d, token);
+        size_t count = context - t < LANES ? context - t : LANES;
+        for (size_t r = 0; r < heads; r++) memcpy(p + r * context + t, some + r * LANES, count * sizeof(float));
+    }
+    for (float *row = p; row < p + heads * context; row += context) {
         float most = -INFINITY, total = 0;
 #pragma omp simd reduction(max : most)
         for (size_t t = 0; t < context; t++) most = row[t] > most ? row[t] : most;
@@ -135,12 +149,15 @@ static void NAME(look)(const Attention *a, const Step *s, size_t n, size_t kv, c
         for (size_t t = 0; t < context; t++) total += row[t] = power(row[t] - most);
         for (size_t t = 0; t < context; t++) row[t] /= total;
     }
-    memset(out, 0, heads * d * sizeof(float));
-    for (size_t t = 0; t < context; t++) {
-        const T *v = NAME(cached)(a, s, v_cache, blocks, t, kv);
-        for (size_t h = 0; h < heads; h++)
-            for (size_t i = 0; i < d; i++) out[h * d + i] += scores[h * context + t] * NAME(wide)(v[i]);
-    }
+    memset(p + heads * context, 0, (rows - heads) * context * sizeof(float));
+    FOR_ROWS_OF(rows, NAME(mix), a, s, p, context, v, blocks, sum);
+    for (size_t r = 0; r < heads; r++)
+        for (size_t i = whole; i < d; i++) {
+            sum[r * d + i] = 0;
+            for (size_t t = 0; t < context; t++)
+                sum[r * d + i] += p[r * context + t] * NAME(wide)(v[(blocks[t / s->size] * s->size + t % s->size) * token + i]);
+        }
+    memcpy(out + first * d, sum, heads * d * sizeof(float));
 }
 
 /* qkv (rows, all_heads) -> out (rows, heads, width), of one token of each sequence. */
@@ -153,8 +170,10 @@ static void NAME(attend)(const Attention *a, const Step *s, float *qkv, T *k_cac
     int threads = work > 100 ? s->threads : 1; /* for less they'd take longer to meet */
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (size_t i = 0; i < tasks; i++) {
-        size_t n = i / a->kv_heads;
-        NAME(look)(a, s, n, i % a->kv_heads, qkv + n * each, k_cache, v_cache, out + n * a->heads * a->width);
+        size_t n = i / a->kv_heads, kv = i % a->kv_heads;
+        size_t stop = (kv + 1) * a->group - a->skipped, heads = stop < (size_t)a->heads ? stop : (size_t)a->heads;
+        for (size_t h = kv * a->group > (size_t)a->skipped ? kv * a->group - a->skipped : 0; h < heads; h += 8)
+            NAME(look)(a, s, n, kv, h, heads - h < 8 ? heads - h : 8, qkv + n * each, k_cache, v_cache, out + n * a->heads * a->width);
     }
 }
 

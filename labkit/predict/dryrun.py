@@ -32,7 +32,7 @@ from labkit.comm import Comm
 from labkit.engine.core import BLOCK, DTYPES, Engine, EngineOptions, Plan
 from labkit.engine.report import assemble
 from labkit.engine.requests import Request, SamplingParams
-from labkit.mesh import Layout, Mesh
+from labkit.mesh import AXES, Layout, Mesh
 from labkit.model import attention
 from labkit.model.checkpoint import Piece, Weights
 from labkit.model.config import ModelConfig, MoEConfig
@@ -86,6 +86,7 @@ def dryrun(
     model: str, *, tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False, batch: int = 1, context: int = 2048,
     dtype: str = "auto", device: str = "cuda", step: int = 4096, exchange: str = "all_to_all",
     placement: str | Mapping[int, Sequence[Sequence[int]]] = "contiguous", routing: Routing | None = None,
+    rank_order: str = "dp-pp-tp", ranks_per_host: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What each rank would hold and send: `batch` sequences in all, each until it is `context` tokens long.
 
@@ -96,14 +97,19 @@ def dryrun(
         model: as for `LLM`, a registered shape, or a config.json. Weights are not read.
         device: of the fake tensors, "cuda" or "cpu". Where "cuda" can't be had, for want of a C++ compiler, it is "cpu".
         exchange, placement: of experts, as for `LLM`. routing: which experts are picked (default: all equally often).
+        rank_order: as for `LLM`. ranks_per_host: so many successive ranks are on one host (default: all).
 
     Returns `layout`, `device`, `dtype`, `batch`, `context`; `ranks`: of each its `weights_bytes`, `kv_bytes`, `peak_bytes` (the
-    most that was alive at once while it served, activations included), `wire_bytes_per_token` of each phase; `comm`: a
-    report's (`labkit.engine.report`) without times; `experts`, for models that have some.
+    most that was alive at once while it served, activations included), `wire_bytes_per_token` of each phase,
+    `calls_per_token` of each phase and axis; `comm`, `hosts` and `between_hosts_bytes_per_token`: a report's
+    (`labkit.engine.report`) without times; `experts`, for models that have some.
     Raises ModelError and LayoutError as `LLM` does.
     """
     config = config_of(model)
-    layout = Layout(tp=tp, pp=pp, dp=dp, expert_parallel=ep)
+    layout = Layout(tp=tp, pp=pp, dp=dp, expert_parallel=ep, order=rank_order)
+    if ranks_per_host is not None and ranks_per_host < 1:
+        raise ValueError(f"ranks_per_host={ranks_per_host}: use 1 or more")
+    hosts = [str(rank // (ranks_per_host or layout.world)) for rank in range(layout.world)]
     spread = Spread(exchange, placement)
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange!r}: use {', '.join(EXCHANGES)}")
@@ -117,16 +123,17 @@ def dryrun(
     dtype = config.dtype if dtype == "auto" else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
-    options = EngineOptions(dtype, context, -(-batch // dp), step, seed=0, spread=spread)
+    options = EngineOptions(dtype, context, -(-batch // dp), step, seed=0, spread=spread, enforce_eager=True)
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device={device!r}: use 'cuda' or 'cpu'")
     library = guard() if device == "cuda" else None
     lacking = device == "cuda" and library is None and not torch.version.cuda
-    job = _Job(Model(model, config, None), layout, options, batch, "cpu" if lacking else device, library)
-    kinds = [_kind(config, layout, rank, batch) for rank in range(layout.world)]
+    job = _Job(Model(model, config, None), layout, options, batch, "cpu" if lacking else device, library, hosts)
+    kinds = [_kind(config, layout, rank, batch, hosts) for rank in range(layout.world)]
     reports = _in_a_process(job, routing or Routing(), sorted({kinds.index(kind) for kind in kinds}))
     ranks = [
-        reports[kinds.index(kind)] | {"rank": rank, "place": layout.place(rank)} for rank, kind in enumerate(kinds)
+        reports[kinds.index(kind)] | {"rank": rank, "place": layout.place(rank), "host": int(hosts[rank])}
+        for rank, kind in enumerate(kinds)
     ]
     report = assemble(layout, options, 0, ranks, [])
     fields = ("rank", "stage", "place", "layers", "weights_bytes", "bytes_read", "kv_bytes", "peak_bytes")
@@ -139,7 +146,7 @@ def dryrun(
         "batch": batch,
         "context": context,
         "ranks": [
-            {name: rank[name] for name in fields} | {"wire_bytes_per_token": wire}
+            {name: rank[name] for name in fields} | {"wire_bytes_per_token": wire, "calls_per_token": _calls(rank)}
             for rank, wire in zip(ranks, wires, strict=True)
         ],
         "comm": [
@@ -149,12 +156,23 @@ def dryrun(
             if row["phase"] == phase
         ],
         "experts": report["experts"],
+        "hosts": report["hosts"],
+        "between_hosts_bytes_per_token": report["between_hosts_bytes_per_token"],
     }
 
 
 def wire_bytes_per_token(rank: Mapping[str, Any], phase: str) -> float:
     """Bytes that a rank (`Engine.report`) sends for each token of its replica."""
     return sum(entry["wire_bytes"] / max(entry["tokens"], 1) for entry in rank["comm"] if entry["phase"] == phase)
+
+
+def _calls(rank: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Operations for each token, by phase and axis."""
+    calls: dict[str, dict[str, float]] = {"prefill": {}, "decode": {}}
+    for entry in rank["comm"]:
+        axes = calls[entry["phase"]]
+        axes[entry["axis"]] = axes.get(entry["axis"], 0.0) + entry["calls"] / max(entry["tokens"], 1)
+    return calls
 
 
 def guard() -> Path | None:
@@ -191,6 +209,7 @@ class _Job:
     batch: int
     device: str
     guard: Path | None
+    hosts: list[str]
 
 
 def _in_a_process(job: _Job, routing: Routing, ranks: list[int]) -> dict[int, dict[str, Any]]:
@@ -205,7 +224,7 @@ def _in_a_process(job: _Job, routing: Routing, ranks: list[int]) -> dict[int, di
     return reports
 
 
-def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int) -> tuple[Any, ...]:
+def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int, hosts: list[str]) -> tuple[Any, ...]:
     """Equal for ranks that hold and do the same."""
     place = layout.place(rank)
     requests = len(split.even(batch, layout.dp)[place["dp"]])
@@ -215,7 +234,8 @@ def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int) -> tuple[Any,
     widths = (cfg.intermediate, cfg.vocab, cfg.moe.width if cfg.moe else 0)
     parts = (len(split.even(width, layout.tp)[place["tp"]]) for width in widths)
     heads = (len(share.query), len(share.kv), share.pad_left, share.pad_right)
-    return (place["pp"], requests, heads, *parts)
+    crossings = (layout.crosses(rank, axis, hosts) for axis in (*AXES, "replica", "world"))
+    return (place["pp"], requests, heads, *parts, *crossings)
 
 
 class _Unread(Weights):
@@ -346,7 +366,7 @@ def _run_rank(job: _Job, routing: Routing, rank: int) -> dict[str, Any]:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     try:
         with FakeTensorMode(), torch.inference_mode(), Allocated(job.device) as allocated:
-            comm = Comm(Mesh(layout, torch.device(job.device)), timed=False)
+            comm = Comm(Mesh(layout, torch.device(job.device), hosts=job.hosts), timed=False)
             engine = _DryEngine(_Shape(job.model.name, job.model.config, None), comm, options, routing)
             allocated.peak = allocated.now  # loading has other peaks, on the host
             for _ in engine.generate([Request(i, prompt, params, 0, frozenset(), 1) for i in range(filling)]):
