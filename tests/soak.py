@@ -96,7 +96,7 @@ def belongings() -> tuple[Any, ...]:
     )
 
 
-def main(faults: int, seed: int) -> None:
+def main(faults: int, seed: int, seconds: float) -> None:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.json"
@@ -114,7 +114,8 @@ def main(faults: int, seed: int) -> None:
         rows: dict[str, Counter[str]] = {name: Counter() for name in FAULTS}
         slowest = dict.fromkeys(FAULTS, 0.0)
         number = 0
-        while number < faults:
+        began = time.monotonic()
+        while number < faults and time.monotonic() - began < seconds:
             name = rng.choices(list(FAULTS), [often for _, _, often in FAULTS.values()])[0]
             what, limit, _ = FAULTS[name]
             degrees, restart, live = rng.choice(LAYOUTS), rng.random() < 0.5, rng.random() < 0.5
@@ -161,4 +162,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end earlier")
     main(**vars(parser.parse_args()))

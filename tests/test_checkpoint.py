@@ -194,3 +194,14 @@ def test_damaged_folders_end_in_a_model_error(folder: Path, damage: object, said
 def test_an_unknown_model_says_what_there_is(name: str) -> None:
     with pytest.raises(ModelError, match=r"smollm2-135m|known are"):
         find(name)
+
+
+def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
+    ran = folder / "ran"
+    (folder / "tokenizer_theirs.py").write_text(f"open({str(ran)!r}, 'w')\nclass Theirs: pass\n")
+    auto_map = {"auto_map": {"AutoTokenizer": ["tokenizer_theirs.Theirs", None]}, "tokenizer_class": "Theirs"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(auto_map))
+    edit_config(folder, auto_map={"AutoConfig": "tokenizer_theirs.Theirs"})
+    with LLM(str(folder), max_model_len=64) as llm, pytest.raises(ModelError, match="its tokenizer can't be loaded"):
+        llm.generate("text")
+    assert not ran.exists()

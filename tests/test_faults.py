@@ -231,6 +231,23 @@ def test_with_restart_every_request_gets_what_it_would_have_got(
     assert (tmp_path / "struck").exists()
 
 
+def test_a_string_to_stop_at_is_found_across_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 128, "tensor_parallel_size": 2}
+    prompt, found = "Count: one, two, three, four,", find("smollm2-135m")
+    with LLM(**options) as llm:
+        text = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=12))[0].outputs[0].text
+        # The strike comes behind the third token; the string begins before and ends after that.
+        params = SamplingParams(temperature=0.0, max_tokens=12, stop=text[3:16])
+        [right] = llm.generate(prompt, params)
+    faulty = faults.Faulty(found.name, found.config, found.folder, faults.killed, 1, "decode", tmp_path / "struck")
+    monkeypatch.setattr(llm_module, "find", lambda name: faulty)
+    with LLM(**options, restart=True) as llm:
+        [output] = llm.generate(prompt, params)
+    assert (tmp_path / "struck").exists()
+    assert right.outputs[0].finish_reason == "stop" and right.outputs[0].text == text[:3]
+    assert output.outputs == right.outputs
+
+
 @pytest.mark.usefixtures("nothing_left")
 def test_what_there_was_comes_with_the_error_and_a_fault_that_comes_back_is_given_up(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: list[list[int]]
