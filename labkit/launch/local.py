@@ -308,7 +308,7 @@ class RankGroup:
             still = self._still.get(rank, _Still(now, since, used))
             if used - still.used > IDLE * (now - still.at) or since != still.since or (excused and not stopped):
                 still = _Still(now, since, used)
-            elif now - still.at >= limit and (stopped or rank in self._up):
+            elif now - still.at >= limit and (stopped or (rank in self._up and not _has_children(process))):
                 did = "has been stopped (SIGSTOP)" if stopped else "has neither waited for another rank nor computed"
                 text = f"rank {rank} of {self.ranks} hangs: for {now - still.at:.0f} s it {did}:"
                 raise RankError(self._tell(text, doings, now), rank, "hung")
@@ -404,6 +404,13 @@ class RankGroup:
             time.sleep(0.01)
         text = file.read_text(errors="replace") if file.exists() else ""
         return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', text))
+
+
+def _has_children(process: psutil.Process) -> bool:
+    """A rank may have them compute for it, as the dry run behind a warning of placement."""
+    with contextlib.suppress(psutil.Error):
+        return bool(process.children())
+    return False
 
 
 class _Still(NamedTuple):

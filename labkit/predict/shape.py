@@ -153,7 +153,8 @@ def shape_of(model: str) -> Shape:
 
 def config_of(model: str) -> ModelConfig:
     """The config of what `LLM` takes as a model, of a registered shape, or in a config.json."""
-    return find(f"random:{model}" if model in SHAPES or Path(model).suffix == ".json" else model).config
+    unnamed = model in SHAPES or (Path(model).suffix == ".json" and not model.startswith("random:"))
+    return find(f"random:{model}" if unnamed else model).config
 
 
 def _of(cfg: ModelConfig, name: str) -> Shape:
