@@ -185,7 +185,7 @@ def plan(planned: Mapping[str, Any], most: int = 7) -> Picture:
         (axes["terms"], times, "ms", f"token, {planned['batch']} in flight"),
     ):
         _stacked(ax, bars, unit)
-        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_title(title, fontsize=9, loc="left", x=-0.34)
         ax.tick_params(labelsize=8)
         if bars:
             ax.legend(
@@ -194,8 +194,8 @@ def plan(planned: Mapping[str, Any], most: int = 7) -> Picture:
             )  # fmt: skip
     axes["memory"].axvline(room, color="#D55E00", linestyle="--", linewidth=1.5)
     axes["memory"].annotate(
-        f"room {room:.0f}", (room, 0), (2, 2), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8,
-        color="#D55E00",
+        f"room {room:.0f}", (room, 0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=8,
+        color="#D55E00", bbox=_PLATE, zorder=5,
     )  # fmt: skip
     _pareto(axes["pareto"], fitting, most)
     return picture
@@ -217,7 +217,7 @@ def _pareto(ax: Axes, fitting: Sequence[Mapping[str, Any]], most: int) -> None:
             axis.set_major_formatter("{x:,.0f}")
             axis.set_minor_locator(NullLocator())
     ax.set_title("right and low is good" if fitting else "nothing fits", fontsize=9, loc="left")
-    ax.margins(x=0.25, y=0.15)
+    ax.margins(x=0.4, y=0.15)
     _bare(ax)
 
 
@@ -584,7 +584,7 @@ def _stacked(ax: Axes, bars: Mapping[str, Mapping[str, float]], unit: str) -> No
         )
     ax.set_yticks(range(len(bars)), list(bars))
     ax.set_ylim(len(bars) - 0.4, -0.6)
-    ax.margins(x=0.15)
+    ax.set_xlim(0, 1.15 * max(base, default=1.0))
     _bare(ax)
 
 
