@@ -51,7 +51,10 @@ def main(model: str, moments: int, folder: str) -> None:
             over.set()
             thread.join()
         thread.join()
-        if (after := belongings(me)) != before:
+        deadline = time.monotonic() + 5  # ended threads and processes are gone a little later
+        while (after := belongings(me)) != before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if after != before:
             sys.exit(f"before {before}, after {after}")
         if life(model) != right:
             sys.exit("other tokens than before")
