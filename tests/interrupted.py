@@ -29,6 +29,9 @@ def belongings(me: psutil.Process) -> tuple[object, ...]:
 
 def main(model: str, moments: int, folder: str) -> None:
     tempfile.tempdir = folder
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background of a script starts with it ignored
     right, me, rng = life(model), psutil.Process(), random.Random(1)
     began = time.perf_counter()
     life(model)
