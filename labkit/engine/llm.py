@@ -299,7 +299,7 @@ class LLM:
         group = launchers("local" if self._executor == "mp" else "ray")(
             _serve,
             self.layout.world,
-            args=(self.model, self.options),
+            args=(self.model, self.options, self._between["link"] is not None),
             layout=self.layout,
             threads=self.threads,
             hang_timeout=HANG,
@@ -441,18 +441,19 @@ class LLM:
         return ids
 
 
-def _load(model: Model, comm: Comm, options: EngineOptions) -> Engine:
+def _load(model: Model, comm: Comm, options: EngineOptions, asked_for: bool = False) -> Engine:
+    """asked_for: several hosts are emulated between local ranks, to be measured as they are."""
     engine = Engine(model, comm, options)
-    if not comm.mesh.on_one_host("world"):
+    if not (asked_for or comm.mesh.on_one_host("world")):
         from labkit.predict.placement import warn_of_parted_groups
 
         warn_of_parted_groups(engine)
     return engine
 
 
-def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions) -> None:
+def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions, emulated: bool) -> None:
     """What each launched rank does: load, then serve one message of requests after another until the channel closes."""
-    engine = _load(model, comm, options)
+    engine = _load(model, comm, options, emulated)
     channel.send(engine.report())
     leads = comm.mesh.pp_rank == comm.mesh.tp_rank == 0
     while True:
