@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from labkit.comm import Comm
-from labkit.model.attention import Batch, KVCache
+from labkit.model.attention import Batch, KVCache, filled, slot
 from labkit.model.decoder import Decoder
 from labkit.parallel import overlap
 
@@ -86,9 +86,8 @@ class _Step:
     def run(self, x: torch.Tensor, part: overlap.Part) -> torch.Tensor:
         spare = self.rows - len(x)
         starts, tables = part.starts + part.starts[-1:] * spare, part.tables + part.tables[-1:] * spare
-        slots = [table[at // self.size] * self.size + at % self.size for at, table in zip(starts, tables, strict=True)]
-        filled = [(table + table[:1] * self.blocks)[: self.blocks] for table in tables]
-        numbers = torch.tensor([*starts, *slots, *(block for table in filled for block in table)])
+        slots = [slot(table, at, self.size) for table, at in zip(tables, starts, strict=True)]
+        numbers = torch.tensor([*starts, *slots, *(block for table in tables for block in filled(table, self.blocks))])
         if torch.cuda.is_available():
             numbers = numbers.pin_memory()  # so that the host doesn't wait for the copy
         self.numbers.copy_(numbers, non_blocking=True)

@@ -348,10 +348,10 @@ class LLM:
             while replicas:
                 _, message = group.receive()
                 if isinstance(message, Progress):
-                    tokens = (
-                        [replace(t, seconds=t.seconds + earlier) for t in message.tokens] if began else message.tokens
-                    )
-                    yield replace(message, tokens=tokens)
+                    if began:
+                        tokens = [replace(t, seconds=t.seconds + earlier) for t in message.tokens]
+                        message = replace(message, tokens=tokens)
+                    yield message
                 else:
                     replicas -= 1
                     self.take_reports(message)

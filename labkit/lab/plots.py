@@ -39,16 +39,12 @@ class Picture(Figure):
 
     def html(self) -> str:
         """The picture itself, and its text for who doesn't see it."""
-        return f'<img alt="{escape(self.alt)}" src="data:image/png;base64,{self.png()}">'
-
-    def png(self) -> str:
-        """In base64."""
-        file = io.BytesIO()
-        self.agg.print_png(file)  # savefig draws everything twice
-        return base64.b64encode(file.getvalue()).decode()
+        return self._repr_mimebundle_()[0]["text/html"]
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, str], dict[str, Any]]:
-        png = self.png()
+        file = io.BytesIO()
+        self.agg.print_png(file)  # savefig draws everything twice
+        png = base64.b64encode(file.getvalue()).decode()
         # JupyterLab gives a PNG no alt text, HTML it takes as it is; others look for a PNG.
         html = f'<img alt="{escape(self.alt)}" src="data:image/png;base64,{png}">'
         return {"image/png": png, "text/html": html, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}

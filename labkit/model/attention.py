@@ -85,10 +85,10 @@ class Batch:
         pieces = zip(lengths[singles:], starts[singles:], tables[singles:], strict=True)
         return cls(
             positions=tensor([p for _, p in at]),
-            slots=tensor([tables[i][p // size] * size + p % size for i, p in at]),
+            slots=tensor([slot(tables[i], p, size) for i, p in at]),
             last=tensor([stop - 1 for i, stop in enumerate(accumulate(lengths)) if ends[i]]),
             singles=singles,
-            tables=tensor([table + table[:1] * (widest - len(table)) for table in used]) if used else None,
+            tables=tensor([filled(table, widest) for table in used]) if used else None,
             context=max(context, default=0),
             pieces=[
                 (n, start, tensor(table[: -(-(start + n) // size)]) if start else None) for n, start, table in pieces
@@ -96,6 +96,16 @@ class Batch:
             replicas=replicas or [sum(lengths)],
             size=size,
         )
+
+
+def slot(table: list[int], position: int, size: int) -> int:
+    """Where in the cache K and V of the token at `position` go, of a sequence in blocks `table` of `size` tokens."""
+    return table[position // size] * size + position % size
+
+
+def filled(table: list[int], blocks: int) -> list[int]:
+    """The first `blocks` of a table; where it has fewer, any others behind them, which nobody looks into."""
+    return (table + table[:1] * (blocks - len(table)))[:blocks]
 
 
 class KVCache:
