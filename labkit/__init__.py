@@ -36,7 +36,10 @@ def __getattr__(name: str) -> Any:
 
 
 def load_ipython_extension(ipython: Any) -> None:
-    """`%load_ext labkit`: the `%%ranks` cell magic."""
+    """`%load_ext labkit`: the `%%ranks` cell magic, and the server that ranks are forked from, which gets ready meanwhile."""
+    from labkit.launch import prepare
+
+    prepare()
     from labkit.lab.magics import register
 
     register(ipython)

@@ -1,6 +1,7 @@
 """Commands that need no GPU to say what one would do: `dryrun`, `predict`, `plan`."""
 
 import sys
+from statistics import median
 from typing import Annotated, Any
 
 import typer
@@ -120,15 +121,21 @@ def predict(
         print("what is not known of this machine yet is measured first, some 30 s a setting", file=sys.stderr)
     if validate and hardware == "local":
         rows = local.compared(model)
-        finish({"results": rows}, as_json, lambda: plain_table([{**row, "layout": degrees(row)} for row in rows]))
+        errors = [abs(row["error"]) for row in rows]
+
+        def show_rows() -> None:
+            plain_table([{**row, "layout": degrees(row)} for row in rows])
+            print(f"{len(rows)} rows, median error {median(errors):.1%}, worst {max(errors):.1%}")
+
+        finish({"results": rows}, as_json, show_rows)
     if validate:
         from labkit.predict.calibrate import validation
 
-        errors = validation()
+        published = validation()
 
         def show_errors() -> None:
             print("relative errors of the cost model against published measurements (labkit.predict.calibrate):")
-            for name, each in errors.items():
+            for name, each in published.items():
                 parts = {"": each} if "median" in each else {} if isinstance(each, list) else each
                 for part, sizes in parts.items():
                     title = f"{name.replace('_', ' ')}{part and ': '}{part}"
@@ -136,7 +143,7 @@ def predict(
                         f"  {title:60} {sizes['rows']:4} rows, median {sizes['median']:6.1%}, worst {sizes['worst']:6.1%}"
                     )
 
-        finish(errors, as_json, show_errors)
+        finish(published, as_json, show_errors)
     from labkit.predict.cost import predict as run
 
     result = run(

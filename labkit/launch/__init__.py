@@ -1,2 +1,13 @@
 """Starting ranks, watching them, and ending them together: on this machine (`local`), on a Ray cluster (`ray`), or in place
 where torchrun has started them (`rank`), on one host or several (`cluster`)."""
+
+import multiprocessing
+from multiprocessing import forkserver
+
+PRELOAD = ["labkit.launch.rank", "labkit.engine.llm"]  # what ranks find imported; nothing here may touch CUDA
+
+
+def prepare() -> None:
+    """Starts the server that ranks are forked from, if it isn't running, and doesn't wait: it takes seconds to import torch."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()

@@ -30,6 +30,7 @@ import psutil
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from labkit.comm import Comm
+from labkit.launch import prepare
 from labkit.launch.board import Board, Doing
 from labkit.launch.rank import Channel, Failure, Frame, Job, Wiring, in_torchrun, join_torchrun, main
 from labkit.links import Link, LinkError, Network
@@ -39,12 +40,12 @@ from labkit.split import LayoutError
 
 __all__ = ["RankError", "RankGroup", "in_torchrun", "join_torchrun", "oversubscribed", "run", "threads_per_rank"]
 
-PRELOAD = ["labkit.launch.rank", "labkit.engine.llm"]  # what ranks find imported; nothing here may touch CUDA
 EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lost its peer
 GRACE = 0.5  # seconds that ranks get to end by themselves
 LOOK = 1.0  # seconds between two looks at ranks that may hang
 IDLE = 0.02  # a rank that uses less than this part of a core does not compute
 TRICKLE = 1000  # bytes per second that say no more than that a link is there: the slowest one carries 125,000
+_FORKING = threading.Lock()
 _NOT_THE_USERS = (
     "/labkit/launch/",
     "/labkit/lab/",
@@ -179,9 +180,7 @@ class RankGroup:
         self._pipes += [here for here, _ in pipes]
         theirs = [there for _, there in pipes]
         self._links |= enumerate(self._pipes)
-        with _without_main():
-            multiprocessing.set_forkserver_preload(PRELOAD)
-            context = start_processes(main, (job, theirs), self.ranks, join=False, start_method="forkserver")
+        context = fork(main, (job, theirs), self.ranks)
         for their in theirs:
             their.close()
         self._processes += context.processes
@@ -308,7 +307,7 @@ class RankGroup:
             still = self._still.get(rank, _Still(now, since, used))
             if used - still.used > IDLE * (now - still.at) or since != still.since or (excused and not stopped):
                 still = _Still(now, since, used)
-            elif now - still.at >= limit and (stopped or (rank in self._up and not _has_children(process))):
+            elif now - still.at >= limit and (stopped or rank in self._up):
                 did = "has been stopped (SIGSTOP)" if stopped else "has neither waited for another rank nor computed"
                 text = f"rank {rank} of {self.ranks} hangs: for {now - still.at:.0f} s it {did}:"
                 raise RankError(self._tell(text, doings, now), rank, "hung")
@@ -406,13 +405,6 @@ class RankGroup:
         return tuple(re.findall(r'File "(.+)", line (\d+) in (.+)', text))
 
 
-def _has_children(process: psutil.Process) -> bool:
-    """A rank may have them compute for it, as the dry run behind a warning of placement."""
-    with contextlib.suppress(psutil.Error):
-        return bool(process.children())
-    return False
-
-
 class _Still(NamedTuple):
     """A rank that has done nothing since `at` (time.monotonic()): what its board said then; seconds of a core it had used."""
 
@@ -492,17 +484,20 @@ def oversubscribed(ranks: int) -> bool:
     return backend != "nccl" if kind == "cuda" else ranks > usable_cores()
 
 
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Shows multiprocessing an empty `__main__`: it would import the user's in each child, which runs an unguarded script
-    once more in every rank. What ranks need of it travels by value.
+def fork(fn: Callable[..., None], args: tuple[Any, ...], processes: int = 1) -> ProcessContext:
+    """Processes, forked from the server, that call `fn(number, *args)`.
+
+    multiprocessing is shown an empty `__main__`: it would import the user's in each of them, which runs an unguarded script once
+    more. What they need of it travels by value.
     """
-    main_module = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main_module
+    with _FORKING:
+        main_module = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            prepare()
+            return start_processes(fn, args, processes, join=False, start_method="forkserver")
+        finally:
+            sys.modules["__main__"] = main_module
 
 
 def _emulate(link: Link | None, ranks: int) -> tuple[Network | None, str]:

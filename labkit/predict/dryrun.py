@@ -9,15 +9,17 @@ Ranks that hold and do the same are run once. Each dry run has a process of its 
 process can be neither fake and real nor changed while in use.
 """
 
-import pickle
+import multiprocessing
 import shutil
+import signal
 import subprocess
-import sys
 import tempfile
+import traceback
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from labkit.comm import Comm
 from labkit.engine.core import BLOCK, DTYPES, Engine, EngineOptions, Plan
 from labkit.engine.report import assemble
 from labkit.engine.requests import Request, SamplingParams
+from labkit.launch.local import fork
 from labkit.mesh import AXES, Layout, Mesh
 from labkit.model import attention
 from labkit.model.checkpoint import Piece, Weights
@@ -213,15 +216,21 @@ class _Job:
 
 
 def _in_a_process(job: _Job, routing: Routing, ranks: list[int]) -> dict[int, dict[str, Any]]:
-    """The reports of `ranks`."""
-    asked = pickle.dumps((job, routing, ranks))
-    done = subprocess.run(
-        [sys.executable, "-m", "labkit.predict.dryrun"], input=asked, capture_output=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"dry run of {job.model.name}: {done.stderr.decode()}")
-    reports: dict[int, dict[str, Any]] = pickle.loads(done.stdout)
-    return reports
+    """The reports of `ranks`. Raises RuntimeError with the traceback where there is one of these instead."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    [process] = fork(_answer, (there, job, routing, ranks)).processes
+    there.close()
+    try:
+        found: dict[int, dict[str, Any]] | str = here.recv()
+    except EOFError:
+        process.join()
+        found = f"its process ended with exit code {process.exitcode}"
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, str):
+        raise RuntimeError(f"dry run of {job.model.name}: {found}")
+    return found
 
 
 def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int, hosts: list[str]) -> tuple[Any, ...]:
@@ -386,15 +395,15 @@ def _run_rank(job: _Job, routing: Routing, rank: int) -> dict[str, Any]:
     return prefill | {"comm": entries, "peak_bytes": allocated.peak}
 
 
-def _main() -> None:
-    job, routing, ranks = pickle.load(sys.stdin.buffer)
+def _answer(_: int, to: Connection, job: _Job, routing: Routing, ranks: list[int]) -> None:
+    """Sends the reports of `ranks`, or a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who waits for this, and ends it
     if job.guard:
         torch.ops.load_library(job.guard)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # a broadcast asks
     # Numpy's memory is real.
     attention._zeros = lambda shape, dtype, device: torch.zeros(shape, dtype=dtype, device=device)
-    pickle.dump({rank: _run_rank(job, routing, rank) for rank in ranks}, sys.stdout.buffer)
-
-
-if __name__ == "__main__":
-    _main()
+    try:
+        to.send({rank: _run_rank(job, routing, rank) for rank in ranks})
+    except Exception:
+        to.send(traceback.format_exc())

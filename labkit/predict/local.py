@@ -5,6 +5,9 @@ is measured where it is used: small models of several shapes are served in the v
 tensor-parallel ranks, so many busy stages or replicas, so many threads), and least squares take their times apart into what a
 step, a layer, a byte of weights, a row of a matrix, a byte of the KV cache and a score cost. Exchanges are timed on their own
 (`labkit.measure.collectives`).
+
+Other guests of the same host can halve what memory gives, and from one minute to the next. So what waits for memory is kept in
+reads of so many bytes, whose rate is measured beside the probes, and again, in a moment, for each prediction.
 """
 
 import json
@@ -13,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +29,7 @@ from labkit import split
 from labkit.engine.llm import LLM, chosen_dtype
 from labkit.engine.requests import SamplingParams
 from labkit.launch.local import threads_per_rank
+from labkit.measure.bench import memory_bandwidth
 from labkit.measure.collectives import sweep
 from labkit.measure.machine import hardware as machine
 from labkit.measure.machine import usable_cores
@@ -34,12 +39,13 @@ from labkit.predict.cost import KV_BYTES, Deployment, Engine, Load, Terms
 from labkit.predict.hardware import Curve, Hardware
 from labkit.predict.shape import WEIGHT_BYTES, shape_of, stages
 
-Point = tuple[Mapping[str, float], float]  # amounts of what has a price, and the seconds of all together
+# Amounts of what has a price; the seconds of all together; the seconds of the step that they are a part of.
+Point = tuple[Mapping[str, float], float, float]
 
 BATCHES = (1, 2, 4, 8)  # sequences of each replica
 SHORT, LONG = 16, 768  # tokens of prompts before a decode: where contexts hardly count, and where they do
 PROMPTS = (256, 768)  # tokens of a prefill
-TOKENS, REPEATS = 24, 2
+TOKENS, REPEATS = 24, 3
 EXCHANGED = tuple(2**k for k in range(6, 23, 2))  # bytes
 
 
@@ -67,12 +73,19 @@ class Setting:
     def __str__(self) -> str:
         return f"tp={self.tp}, {self.busy} busy, {self.threads} thread(s)"
 
+    def bandwidth(self) -> float:
+        """Bytes/s that memory now gives to so many threads."""
+        return 1e9 * memory_bandwidth(self.tp * self.busy * self.threads)
+
 
 @dataclass(frozen=True)
 class Constants:
-    """Seconds: of a step, of a layer, of a sequence in each layer; of a byte of weights, for each of `BATCHES` tokens at once and
-    each of `lengths`, the numbers in a row of a matrix; of a byte of K and V, and of an operation of attention. In prefill: of a
-    byte of weights for each token, and of an operation of attention."""
+    """Seconds: of a step, of a layer, of a sequence in each layer; of a byte of weights beyond its reading, for each of `BATCHES`
+    tokens at once and each of `lengths`, the numbers in a row of a matrix. In prefill: of a byte of weights for each token, and
+    of an operation of attention.
+
+    In bytes that memory reads meanwhile: of a byte of weights (`reads`, for each length), of a byte of K and V, and of an
+    operation of attention."""
 
     measured: str
     dtype: str
@@ -80,15 +93,18 @@ class Constants:
     layer: float
     sequence: float
     lengths: Sequence[float]
+    reads: Sequence[float]  # (lengths,)
     byte: Sequence[Sequence[float]]  # (batches, lengths)
     kv_byte: float
     score: float
     prefill_byte: float
     prefill_score: float
 
-    def of_a_byte(self, tokens: int, length: float) -> float:
-        """Between what was measured, straight lines (over the logarithm of the length); for more tokens in proportion to them."""
-        at = [float(np.interp(np.log(length), np.log(self.lengths), row)) for row in self.byte]
+    def of_a_byte(self, tokens: int, length: float, bandwidth: float) -> float:
+        """Seconds of a byte of weights, where memory gives `bandwidth` bytes/s. Between what was measured, straight lines (over
+        the logarithm of the length); for more tokens in proportion to them."""
+        read, *at = (float(np.interp(np.log(length), np.log(self.lengths), row)) for row in (self.reads, *self.byte))
+        at = [read / bandwidth + more for more in at]
         return at[-1] * tokens / BATCHES[-1] if tokens > BATCHES[-1] else float(np.interp(tokens, BATCHES, at))
 
 
@@ -107,6 +123,10 @@ class Work:
 
 class LocalDeployment(Deployment):
     """A model on this machine's cores, served by the engine here."""
+
+    @cached_property
+    def bandwidth(self) -> float:
+        return self.setting.bandwidth()
 
     @property
     def setting(self) -> Setting:
@@ -135,12 +155,14 @@ class LocalDeployment(Deployment):
         work, known = self.work(stage, tokens, sequences, kv_tokens, pairs), constants(self.setting, self.load.dtype)
         terms, source = Terms(), f"measured here, {self.setting}, {known.measured}"
         if tokens == sequences:
-            products = work.read * known.of_a_byte(tokens, self.length(work))
-            attention = work.kv * known.kv_byte + work.scores * known.score
+            products = work.read * known.of_a_byte(tokens, self.length(work), self.bandwidth)
+            attention = (work.kv * known.kv_byte + work.scores * known.score) / self.bandwidth
         else:
             products = work.read * tokens * known.prefill_byte
             attention = work.scores * known.prefill_score
-        terms.put("weights and products", products, f"{work.read / 1e6:.4g} MB for {tokens} token(s) at once; {source}")
+        now = f"memory now reads {self.bandwidth / 1e9:.3g} GB/s"
+        at_once = f"{work.read / 1e6:.4g} MB for {tokens} token(s) at once; {now}; {source}"
+        terms.put("weights and products", products, at_once)
         terms.put("attention", attention, f"{work.kv / 1e6:.3g} MB of KV cache; {source}")
         terms.put("layers", work.layers * known.layer, f"{known.layer * 1e6:.0f} us each; {source}")
         each = f"{known.sequence * 1e6:.0f} us each and layer; {source}"
@@ -219,7 +241,9 @@ def _file() -> Path:
 
 
 def _machine() -> str:
-    return f"{machine('cpu')}, torch {torch.__version__}, kernels {os.environ.get('LABKIT_KERNELS', 'C')}"
+    """What the constants are of, and which: what another version has kept is measured again."""
+    names = " ".join(Constants.__dataclass_fields__)
+    return f"{machine('cpu')}, torch {torch.__version__}, kernels {os.environ.get('LABKIT_KERNELS', 'C')}: {names}"
 
 
 def _kept() -> dict[str, Any]:
@@ -245,41 +269,43 @@ def measure(setting: Setting, dtype: str) -> Constants:
     small: list[Point] = []
     attention: list[Point] = []
     prefill: list[Point] = []
-    weights: list[tuple[LocalDeployment, dict[int, float]]] = []
+    weights: list[tuple[LocalDeployment, dict[int, float], float]] = []
     with tempfile.TemporaryDirectory() as folder:
         for number, config in enumerate(SMALL + LARGE):
             file = Path(folder) / f"probe{number}.json"
             file.write_text(json.dumps(config))
             at = deployment(str(file), layout, Load(dtype=dtype))
+            before = setting.bandwidth()
             short, long, prompts = _serve(str(file), setting, dtype, large=config in LARGE)
+            bandwidth = (before + setting.bandwidth()) / 2
             alone = {n: seconds - sum(at.exchanged(0, n, n).values()) for n, seconds in short.items()}
             if config in SMALL:
-                small += [
-                    ({"step": 1, "layer": layers, "sequence": layers * n}, alone[n])
-                    for n in BATCHES
-                    for layers in [at.shape.layers]
-                ]
+                layers = at.shape.layers
+                small += [({"step": 1, "layer": layers, "sequence": layers * n}, alone[n], alone[n]) for n in BATCHES]
                 continue
-            weights.append((at, alone))
+            weights.append((at, alone, bandwidth))
             for n, seconds in long.items():
                 more = n * (LONG - SHORT)
                 work = at.work(0, n, n, more, more)
-                attention.append(({"kv_byte": work.kv, "score": work.scores}, seconds - short[n]))
+                amounts = {"kv_byte": work.kv / bandwidth, "score": work.scores / bandwidth}
+                attention.append((amounts, seconds - short[n], seconds))
             for prompt, seconds in prompts.items():
                 work = at.work(0, prompt, 1, 0.0, prompt**2 / 2)
                 rest = seconds - sum(at.exchanged(0, prompt, 1).values())
-                prefill.append(({"prefill_byte": work.read * prompt, "prefill_score": work.scores}, rest))
+                prefill.append(({"prefill_byte": work.read * prompt, "prefill_score": work.scores}, rest, seconds))
     found = solve(small) | solve(attention) | solve(prefill)
     byte: list[list[float]] = []
     for n in BATCHES:
         byte.append([])
-        for at, alone in weights:
+        for at, alone, bandwidth in weights:
             work = at.work(0, n, n, n * (SHORT + TOKENS / 2), n * (SHORT + TOKENS / 2))
             other = found["step"] + work.layers * (found["layer"] + n * found["sequence"])
-            other += work.kv * found["kv_byte"] + work.scores * found["score"]
+            other += (work.kv * found["kv_byte"] + work.scores * found["score"]) / bandwidth
             byte[-1].append(max(0.0, alone[n] - other) / work.read)
-    lengths = [at.length(at.work(0, 1, 1, 0.0, 0.0)) for at, _ in weights]
-    return Constants(measured=f"{date.today():%Y-%m-%d}", dtype=dtype, lengths=lengths, byte=byte, **found)
+    reads = [one * bandwidth for one, (_, _, bandwidth) in zip(byte[0], weights, strict=True)]
+    byte = [[max(0.0, seconds - one) for seconds, one in zip(row, byte[0], strict=True)] for row in byte]
+    lengths = [at.length(at.work(0, 1, 1, 0.0, 0.0)) for at, _, _ in weights]
+    return Constants(measured=f"{date.today():%Y-%m-%d}", dtype=dtype, lengths=lengths, reads=reads, byte=byte, **found)
 
 
 def _serve(model: str, setting: Setting, dtype: str, *, large: bool) -> tuple[dict[int, float], ...]:
@@ -305,7 +331,7 @@ def _serve(model: str, setting: Setting, dtype: str, *, large: bool) -> tuple[di
         if not large:
             return short, {}, {}
         # Most of the time of long contexts is their prefill: once is enough.
-        long = {n: run(n * setting.busy, LONG, TOKENS, "itl_ms", 1) for n in BATCHES[::2]}
+        long = {n: run(n * setting.busy, LONG, TOKENS, "itl_ms", 1) for n in (BATCHES[0], BATCHES[-1])}
         return short, long, {prompt: run(setting.busy, prompt, 1, "ttft_ms", REPEATS) for prompt in PROMPTS}
 
 
@@ -327,32 +353,38 @@ def compared(
             for batch, context in [(batch, context) for batch in batches for context in contexts]:
                 size = (batch, context - TOKENS // 2)
                 ids = torch.randint(0, vocab, size, generator=torch.Generator().manual_seed(0)).tolist()
-                times = []
-                for _ in range(REPEATS):
-                    llm.generate(
-                        ids, SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True), use_tqdm=False
-                    )
-                    times.append(llm.report()["itl_ms"])
                 load = Load(batch=batch, context=context, dtype=dtype)
-                guess = deployment(model.removeprefix("random:"), layout, load).decode().seconds * 1e3
+                times, guesses, rates = [], [], []
+                for last in [False] * REPEATS + [
+                    True
+                ]:  # predictions before, between and after: memory changes its pace
+                    at = deployment(model.removeprefix("random:"), layout, load)
+                    guesses.append(at.decode().seconds * 1e3)
+                    rates.append(at.bandwidth / 1e9)
+                    if not last:
+                        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+                        llm.generate(ids, params, use_tqdm=False)
+                        times.append(llm.report()["itl_ms"])
                 found.append(
                     {
                         "model": model, "layout": layout.as_dict(), "batch": batch, "context": context,
-                        "measured_ms": median(times), "predicted_ms": guess, "error": guess / median(times) - 1,
+                        "memory_gb_per_s": median(rates), "measured_ms": median(times), "predicted_ms": median(guesses),
+                        "error": median(guesses) / median(times) - 1,
                     }
                 )  # fmt: skip
     return found
 
 
 def solve(points: Sequence[Point]) -> dict[str, float]:
-    """The constants, none below zero, of which each point's amounts should add up to its seconds: least squares of relative
-    errors; what comes out below zero is left out and the rest solved again."""
-    names = list(dict.fromkeys(name for amounts, _ in points for name in amounts))
-    matrix = np.array([[amounts.get(name, 0.0) / seconds for name in names] for amounts, seconds in points])
+    """The constants, none below zero, of which each point's amounts should add up to its seconds: least squares of errors as
+    parts of the point's step; what comes out below zero is left out and the rest solved again."""
+    names = list(dict.fromkeys(name for amounts, _, _ in points for name in amounts))
+    matrix = np.array([[amounts.get(name, 0.0) / step for name in names] for amounts, _, step in points])
+    seconds = np.array([part / step for _, part, step in points])
     scale = np.abs(matrix).max(axis=0)
     kept = [i for i in range(len(names)) if scale[i] > 0]
     while True:
-        found = np.linalg.lstsq(matrix[:, kept] / scale[kept], np.ones(len(points)), rcond=None)[0]
+        found = np.linalg.lstsq(matrix[:, kept] / scale[kept], seconds, rcond=None)[0]
         if len(kept) == 1 or found.min() >= 0:
             break
         kept.pop(int(found.argmin()))

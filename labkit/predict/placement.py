@@ -36,6 +36,8 @@ def warn_of_parted_groups(engine: Engine) -> None:
         row = torch.zeros(engine.model.config.hidden, dtype=DTYPES[engine.options.dtype], device=comm.device)
         took = comm.gather_objects(_all_reduce_seconds(comm, row) if comm.rank in groups[0] else 0.0)
         if comm.rank == 0:
+            if comm.board is not None:
+                comm.board.write(0, True, "a dry run, whose figures a warning needs")
             warnings.warn(_cost(engine, hosts, groups[0], row.nbytes, max(took)), SplitGroupWarning, stacklevel=2)
         comm.barrier()
 
