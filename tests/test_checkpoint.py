@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from labkit import LLM
 from labkit.model.checkpoint import Checkpoint, Piece, RandomWeights
@@ -205,3 +206,17 @@ def test_code_that_comes_with_a_model_is_never_run(folder: Path) -> None:
     with LLM(str(folder), max_model_len=64) as llm, pytest.raises(ModelError, match="its tokenizer can't be loaded"):
         llm.generate("text")
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "tiny-moe"])
+def test_text_becomes_the_ids_that_transformers_makes_of_it(name: str) -> None:
+    folder = find(name).folder
+    theirs = AutoTokenizer.from_pretrained(folder)
+    with LLM(name, max_model_len=64) as llm:
+        ours = llm.tokenizer
+    for text in ("The tide comes", "  two spaces, a\ttab\n", "<|im_start|>user\n\u6f6e 12345 \U0001f30a", ""):
+        ids = theirs(text).input_ids
+        assert ours(text).input_ids == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.chat_template == theirs.chat_template and ours.eos_token_id == theirs.eos_token_id

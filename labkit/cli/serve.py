@@ -26,6 +26,7 @@ from labkit.cli.common import (
     finish,
     show_report,
 )
+from labkit.launch import in_torchrun, prepare
 
 SharedMemory = Annotated[
     bool, typer.Option("--shared-memory/--sockets", help="between ranks of one host: shared memory where it is there")
@@ -75,6 +76,8 @@ def generate(
 ) -> None:
     """Serve a model over tp x pp x dp ranks and generate text. Also runs under torchrun, on one machine or several
     (`labkit launch --help`), where rank 0 prints."""
+    if not in_torchrun():
+        prepare()
     from labkit import LLM, SamplingParams
 
     llm = LLM(
@@ -138,6 +141,7 @@ def serve(
     POST /v1/completions and /v1/chat/completions, GET /v1/models, /health and /metrics (for Prometheus). Any OpenAI client
     works: OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").
     """
+    prepare()
     from labkit.engine.llm import LLM
     from labkit.serve.server import run
 

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
-from nbformat import NotebookNode
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,16 @@ def exercises(folder: Path) -> list[Book]:
 
 def title(path: Path) -> str:
     """The heading of a notebook."""
-    return _title(_prose(nbformat.read(path, as_version=4))) or path.stem
+    return _title(_prose(_read(path))) or path.stem
 
 
-def _prose(nb: NotebookNode) -> str:
+def _read(path: Path) -> "NotebookNode":
+    import nbformat  # takes a second, and most that ask for a prediction don't ask for the course
+
+    return nbformat.read(path, as_version=4)
+
+
+def _prose(nb: "NotebookNode") -> str:
     return "\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown")
 
 
@@ -66,7 +73,7 @@ def _title(prose: str) -> str:
 
 
 def _book(path: Path) -> Book:
-    nb = nbformat.read(path, as_version=4)
+    nb = _read(path)
     prose = _prose(nb)
     return Book(
         path,
@@ -77,7 +84,7 @@ def _book(path: Path) -> Book:
     )
 
 
-def _predictions(nb: NotebookNode) -> Iterator[str]:
+def _predictions(nb: "NotebookNode") -> Iterator[str]:
     """Those that aren't inside an `if` or a loop."""
     for cell in nb.cells:
         if cell.cell_type != "code" or cell.source.startswith("%%"):

@@ -30,9 +30,9 @@ import psutil
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from labkit.comm import Comm
-from labkit.launch import prepare
+from labkit.launch import in_torchrun, prepare
 from labkit.launch.board import Board, Doing
-from labkit.launch.rank import Channel, Failure, Frame, Job, Wiring, in_torchrun, join_torchrun, main
+from labkit.launch.rank import Channel, Failure, Frame, Job, Wiring, join_torchrun, main
 from labkit.links import Link, LinkError, Network
 from labkit.measure.machine import core_ids, usable_cores
 from labkit.mesh import Layout, pick_backend

@@ -245,11 +245,6 @@ def _failure(error: BaseException) -> Failure:
 # -- joining the others --------------------------------------------------------------------------------------------------
 
 
-def in_torchrun() -> bool:
-    """Whether this process is a rank that torchrun (or the like) has started."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
-
-
 def join_torchrun(
     layout: Layout, *, threads: int | None = None, collective_timeout: float = 10.0, meter: bool = True,
     shared_memory: bool = True, overlap: bool = False,

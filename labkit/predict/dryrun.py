@@ -39,7 +39,7 @@ from labkit.mesh import AXES, Layout, Mesh
 from labkit.model import attention
 from labkit.model.checkpoint import Piece, Weights
 from labkit.model.config import ModelConfig, MoEConfig
-from labkit.model.decoder import check_layout
+from labkit.model.decoder import check_layout, stage_layers
 from labkit.model.find import Model
 from labkit.model.gguf_import import cache_root
 from labkit.parallel.expert import EXCHANGES, MoE, Spread
@@ -135,8 +135,9 @@ def dryrun(
     kinds = [_kind(config, layout, rank, batch, hosts) for rank in range(layout.world)]
     reports = _in_a_process(job, routing or Routing(), sorted({kinds.index(kind) for kind in kinds}))
     ranks = [
-        reports[kinds.index(kind)] | {"rank": rank, "place": layout.place(rank), "host": int(hosts[rank])}
+        reports[kinds.index(kind)] | {"rank": rank, "place": place, "stage": place["pp"], "host": int(hosts[rank])}
         for rank, kind in enumerate(kinds)
+        for place in [layout.place(rank)]
     ]
     report = assemble(layout, options, 0, ranks, [])
     fields = ("rank", "stage", "place", "layers", "weights_bytes", "bytes_read", "kv_bytes", "peak_bytes")
@@ -240,11 +241,14 @@ def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int, hosts: list[s
     if layout.ep > 1:  # which rows come depends on the routers
         return (rank,)
     share = split.heads(cfg.heads, cfg.kv_heads, layout.tp)[place["tp"]]
-    widths = (cfg.intermediate, cfg.vocab, cfg.moe.width if cfg.moe else 0)
+    # A stage between the first and the last has layers alone, and dense ones are all alike.
+    between = 0 < place["pp"] < layout.pp - 1 and not cfg.moe
+    stage = len(stage_layers(cfg, layout.pp)[place["pp"]]) if between else -place["pp"]
+    widths = (cfg.intermediate, 0 if between else cfg.vocab, cfg.moe.width if cfg.moe else 0)
     parts = (len(split.even(width, layout.tp)[place["tp"]]) for width in widths)
     heads = (len(share.query), len(share.kv), share.pad_left, share.pad_right)
     crossings = (layout.crosses(rank, axis, hosts) for axis in (*AXES, "replica", "world"))
-    return (place["pp"], requests, heads, *parts, *crossings)
+    return (stage, requests, heads, *parts, *crossings)
 
 
 class _Unread(Weights):
@@ -257,6 +261,9 @@ class _Unread(Weights):
         part = torch.empty(piece.sliced_shape, dtype=self.dtype)
         self.bytes_read += part.nbytes
         return part
+
+
+_WHOLE: set[Any] = set()  # operations that are not made of others
 
 
 class Allocated(TorchDispatchMode):
@@ -273,11 +280,14 @@ class Allocated(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # x.device, asked of a fake tensor
             return func(*args, **kwargs)
         result = self._stand_in(func, args, kwargs)
-        if result is None:
+        if result is None and func not in _WHOLE:
             with self:  # inference mode hands over composite operations whole
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+            _WHOLE.add(func)
+            result = None
+        if result is None:
             result = func(*args, **kwargs)
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.device.type == self.device:
@@ -298,6 +308,8 @@ class Allocated(TorchDispatchMode):
             masked = kwargs.get("attn_mask") is not None or any(m is not None for m in mask[:1])
             if not (masked and kwargs.get("enable_gqa")):
                 return query.new_empty(*query.shape[:-1], value.shape[-1])
+        if func is torch.ops.aten.rms_norm.default and self.device == "cuda":  # one kernel there
+            return args[0].new_empty(args[0].shape)
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return args[0].new_empty(len(args[0]), args[1].shape[-1])  # a fake one refuses what a CPU's real one takes
         return None
