@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from labkit.cli import main
 from labkit.shm import library
@@ -106,9 +107,10 @@ def test_bench_decode_compares_with_sockets_and_one_rank() -> None:
     assert {row["threads_per_rank"] for row in rows} == {rows[0]["threads_per_rank"]}
 
 
-def test_bench_prefill_over_a_link_compares_tp_with_pp() -> None:
+def test_bench_prefill_over_a_link_compares_tp_with_pp(tmp_path: Path) -> None:
+    tiny.write("llama", tmp_path)
     done = labkit(
-        "bench", "prefill", "--model", "random:smollm2-135m", "--tp", "2", "--batch", "2", "--prompt", "8", "--step", "8",
+        "bench", "prefill", "--model", f"random:{tmp_path}/config.json", "--tp", "2", "--batch", "2", "--prompt", "8", "--step", "8",
         "--repeats", "1", "--link", "200mbit", "--compare", "--json",
     )  # fmt: skip
     rows = json.loads(done.stdout)["results"]
@@ -119,9 +121,10 @@ def test_bench_prefill_over_a_link_compares_tp_with_pp() -> None:
     assert "SplitGroupWarning" not in done.stderr  # who asks for a slow link needs no warning of it
 
 
-def test_bench_overlap_has_a_row_for_each_link_and_mode() -> None:
+def test_bench_overlap_has_a_row_for_each_link_and_mode(tmp_path: Path) -> None:
+    tiny.write("llama", tmp_path)
     done = labkit(
-        "bench", "overlap", "--model", "random:smollm2-135m", "--batch", "2", "--prompt", "8", "--repeats", "1",
+        "bench", "overlap", "--model", f"random:{tmp_path}/config.json", "--batch", "2", "--prompt", "8", "--repeats", "1",
         "--link", "200mbit", "--link", "1gbit", "--json",
     )  # fmt: skip
     rows = json.loads(done.stdout)["results"]
