@@ -11,6 +11,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,7 @@ WORKLOADS = {  # batch, prompt tokens, new tokens
     "prefill 512": (1, 512, 1),
 }
 ROUNDS = 5
+PAUSE = 0.5  # seconds before each turn: threads of the engine before may wait for more work by spinning
 # Name: what pip does (None: this environment), how it is called in build/peers, arguments of peer.py.
 ENGINES: dict[str, tuple[list[str] | None, str, list[str]]] = {
     "labkit": (None, "", ["labkit", "threads=2"]),
@@ -116,6 +118,7 @@ def main() -> None:
         bandwidths.append((memory_bandwidth(1), memory_bandwidth(2)))
         for workload, (batch, length, tokens) in WORKLOADS.items():
             for name, engine in engines.items():
+                time.sleep(PAUSE)
                 prompts = [[rng.randrange(1000, 40000) for _ in range(length)] for _ in range(batch)]
                 first = engine.seconds(prompts, 1)
                 if tokens == 1:
