@@ -110,8 +110,8 @@ def test_bench_decode_compares_with_sockets_and_one_rank() -> None:
 def test_bench_prefill_over_a_link_compares_tp_with_pp(tmp_path: Path) -> None:
     tiny.write("llama", tmp_path)
     done = labkit(
-        "bench", "prefill", "--model", f"random:{tmp_path}/config.json", "--tp", "2", "--batch", "2", "--prompt", "8", "--step", "8",
-        "--repeats", "1", "--link", "200mbit", "--compare", "--json",
+        "bench", "prefill", "--model", f"random:{tmp_path}/config.json", "--tp", "2", "--batch", "2", "--prompt", "8",
+        "--step", "8", "--repeats", "1", "--link", "200mbit", "--compare", "--json",
     )  # fmt: skip
     rows = json.loads(done.stdout)["results"]
     assert [row["name"] for row in rows] == ["TP=2, no link", "PP=2, no link", "TP=2, 200mbit", "PP=2, 200mbit"]
