@@ -29,9 +29,7 @@ def belongings(me: psutil.Process) -> tuple[object, ...]:
 
 def main(model: str, moments: int, folder: str) -> None:
     tempfile.tempdir = folder
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a job in the background of a script starts with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell's background has it ignored
     right, me, rng = life(model), psutil.Process(), random.Random(1)
     began = time.perf_counter()
     life(model)

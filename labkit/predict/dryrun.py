@@ -222,7 +222,8 @@ def _in_a_process(job: _Job, routing: Routing, ranks: list[int]) -> dict[int, di
     [process] = fork(_answer, (there, job, routing, ranks)).processes
     there.close()
     try:
-        found: dict[int, dict[str, Any]] | str = here.recv()
+        with here:
+            found: dict[int, dict[str, Any]] | str = here.recv()
     except EOFError:
         process.join()
         found = f"its process ended with exit code {process.exitcode}"

@@ -157,13 +157,14 @@ class LocalDeployment(Deployment):
         if tokens == sequences:
             products = work.read * known.of_a_byte(tokens, self.length(work), self.bandwidth)
             attention = (work.kv * known.kv_byte + work.scores * known.score) / self.bandwidth
+            pace = f"; memory now reads {self.bandwidth / 1e9:.3g} GB/s"
         else:
             products = work.read * tokens * known.prefill_byte
             attention = work.scores * known.prefill_score
-        now = f"memory now reads {self.bandwidth / 1e9:.3g} GB/s"
-        at_once = f"{work.read / 1e6:.4g} MB for {tokens} token(s) at once; {now}; {source}"
-        terms.put("weights and products", products, at_once)
-        terms.put("attention", attention, f"{work.kv / 1e6:.3g} MB of KV cache; {source}")
+            pace = ""
+        at_once = f"{work.read / 1e6:.4g} MB for {tokens} token(s) at once"
+        terms.put("weights and products", products, f"{at_once}; {source}{pace}")
+        terms.put("attention", attention, f"{work.kv / 1e6:.3g} MB of KV cache; {source}{pace}")
         terms.put("layers", work.layers * known.layer, f"{known.layer * 1e6:.0f} us each; {source}")
         each = f"{known.sequence * 1e6:.0f} us each and layer; {source}"
         terms.put("sequences", work.layers * sequences * known.sequence, each)
@@ -354,22 +355,23 @@ def compared(
                 size = (batch, context - TOKENS // 2)
                 ids = torch.randint(0, vocab, size, generator=torch.Generator().manual_seed(0)).tolist()
                 load = Load(batch=batch, context=context, dtype=dtype)
-                times, guesses, rates = [], [], []
-                for last in [False] * REPEATS + [
-                    True
-                ]:  # predictions before, between and after: memory changes its pace
+
+                def foretold(load: Load = load, layout: Layout = layout) -> tuple[float, float]:
                     at = deployment(model.removeprefix("random:"), layout, load)
-                    guesses.append(at.decode().seconds * 1e3)
-                    rates.append(at.bandwidth / 1e9)
-                    if not last:
-                        params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-                        llm.generate(ids, params, use_tqdm=False)
-                        times.append(llm.report()["itl_ms"])
+                    return at.decode().seconds * 1e3, at.bandwidth / 1e9
+
+                params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+                times, guesses = [], [foretold()]  # one before and one after each run: memory changes its pace
+                for _ in range(REPEATS):
+                    llm.generate(ids, params, use_tqdm=False)
+                    times.append(llm.report()["itl_ms"])
+                    guesses.append(foretold())
+                measured, (predicted, rate) = median(times), map(median, zip(*guesses, strict=True))
                 found.append(
                     {
                         "model": model, "layout": layout.as_dict(), "batch": batch, "context": context,
-                        "memory_gb_per_s": median(rates), "measured_ms": median(times), "predicted_ms": median(guesses),
-                        "error": median(guesses) / median(times) - 1,
+                        "memory_gb_per_s": rate, "measured_ms": measured, "predicted_ms": predicted,
+                        "error": predicted / measured - 1,
                     }
                 )  # fmt: skip
     return found
