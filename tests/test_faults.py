@@ -333,6 +333,24 @@ def test_a_rank_that_is_killed_before_it_has_begun_is_named(monkeypatch: pytest.
         RankGroup(len, 2, start_timeout=20)
 
 
+def test_a_death_is_told_also_where_the_server_that_ranks_are_forked_from_is_held_up() -> None:
+    """Its exit status comes from there, late or never."""
+    with RankGroup(lambda comm, channel: channel.receive(), 2, hang_timeout=10) as group:
+        server = psutil.Process(group.pids[0]).parent()
+        assert server
+        began = time.monotonic()
+        server.suspend()
+        try:
+            os.kill(group.pids[1], signal.SIGKILL)
+            with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL"):
+                group.receive()
+            assert time.monotonic() - began < 5
+        finally:
+            server.resume()
+    assert local.run(lambda comm: comm.rank, 2) == [0, 1]
+    assert not ranks_alive()
+
+
 def killed_at_once(rank: int, job: Any, links: list[Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else rank_main(rank, job, links)
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 import psutil
-from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
+from torch.multiprocessing.spawn import ProcessContext, start_processes
 
 from labkit.comm import Comm
 from labkit.launch import in_torchrun, prepare
@@ -42,6 +42,7 @@ __all__ = ["RankError", "RankGroup", "in_torchrun", "join_torchrun", "oversubscr
 
 EVIDENCE = 0.5  # seconds to wait for a rank's own failure after another only lost its peer
 GRACE = 0.5  # seconds that ranks get to end by themselves
+PATIENCE = 2.0  # seconds to find out how a rank ended whose pipe has closed
 LOOK = 1.0  # seconds between two looks at ranks that may hang
 IDLE = 0.02  # a rank that uses less than this part of a core does not compute
 TRICKLE = 1000  # bytes per second that say no more than that a link is there: the slowest one carries 125,000
@@ -254,22 +255,30 @@ class RankGroup:
         for rank in sorted(self._sentinels.pop(each) for each in ready if isinstance(each, int)):
             while rank in self._links and self._links[rank].poll():  # what it said before it ended
                 self._read(rank, self._links[rank])
-            self._processes[rank].join()
-            code = self._processes[rank].exitcode
-            if rank not in self._done and rank not in self._failures:
-                if code < 0:
-                    self._failures[rank] = Failure("killed", f" was killed by {signal.Signals(-code).name}", True)
-                else:
-                    self._failures[rank] = Failure("exited", f" exited with code {code}", True)
+            self._gone(rank)
 
     def _read(self, rank: int, link: Connection) -> None:
-        """Takes in one message."""
+        """Takes in one message, or that there will be none: then its process has ended, or is about to."""
         try:
             raw = link.recv_bytes()
-        except (EOFError, OSError):  # its process has ended, or is about to: its sentinel will say how
+        except (EOFError, OSError):
             del self._links[rank]
+            self._gone(rank)
             return
         self._take(rank, *pickle.loads(raw))
+
+    def _gone(self, rank: int) -> None:
+        if rank not in self._done and rank not in self._failures:
+            self._failures[rank] = self._ended(rank)
+
+    def _ended(self, rank: int) -> Failure:
+        """How a rank ended."""
+        code = _exit_code(self._processes[rank], PATIENCE)
+        if code is None:
+            return Failure("exited", " has gone, and nothing tells how", True)
+        if code < 0:
+            return Failure("killed", f" was killed by {signal.Signals(-code).name}", True)
+        return Failure("exited", f" exited with code {code}", True)
 
     def _take(self, rank: int, kind: str, value: Any) -> None:
         match kind:
@@ -341,12 +350,9 @@ class RankGroup:
         doings, seen = self._board.read(), time.monotonic()
         settled = seen + EVIDENCE
         while len(self._failures) < self.ranks:
-            # A rank whose pipe has closed is dying, and how will be known; on a busy machine that takes longer.
-            dying = set(range(self.ranks)) - self._links.keys() - self._done - self._failures.keys()
             if any(failure.own for failure in self._failures.values()):
                 settled = min(settled, time.monotonic() + 0.05)  # often all ranks raise the same: name the lowest
-                dying = set()
-            left = settled + (10 * EVIDENCE if dying else 0) - time.monotonic()
+            left = settled - time.monotonic()
             if left <= 0:
                 break
             self._listen(left)
@@ -538,6 +544,21 @@ def _unbroken() -> Iterator[None]:
             handler(signal.SIGINT, caught[0])
 
 
+def _exit_code(process: Any, patience: float) -> int | None:
+    """How a process ended (a signal as a negative number), None if it has not within `patience` seconds, or nothing tells.
+
+    The kernel is asked too: the fork server, whose child it is, tells nothing while it is stopped or held up.
+    """
+    deadline = time.monotonic() + patience
+    while process.exitcode is None and time.monotonic() < deadline:
+        process.join(0.1)
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].split()  # proc(5), from field 3
+            if status[0] == "Z":
+                return os.waitstatus_to_exitcode(int(status[49]))
+    return process.exitcode
+
+
 def _end(processes: list[Any], links: list[Connection], files: list[Any], folder: Path) -> None:
     """Ends ranks whatever they are doing. Those whose fork server has ended do so when their pipes close.
 
@@ -546,10 +567,10 @@ def _end(processes: list[Any], links: list[Connection], files: list[Any], folder
     with _unbroken():
         for process in processes:
             process.kill()
-        context = ProcessContext(processes, [""] * len(processes))
-        with contextlib.suppress(ProcessException):
-            while not context.join(grace_period=10 * GRACE):
+        for process in processes:
+            while _exit_code(process, PATIENCE) is None and psutil.pid_exists(process.pid):
                 pass
         for each in (*processes, *links, *files):
-            each.close()
+            with contextlib.suppress(ValueError):  # a process of which the fork server has not told that it ended
+                each.close()
         shutil.rmtree(folder, ignore_errors=True)

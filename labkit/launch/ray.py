@@ -120,11 +120,6 @@ class RayGroup(RankGroup):
                 answer_challenge(link, key)
                 self._links[link.recv()] = link
 
-    def _read(self, rank: int, link: Connection) -> None:
-        super()._read(rank, link)
-        if rank not in self._links and rank not in self._done and rank not in self._failures:
-            self._failures[rank] = self._ended(rank)
-
     def _take(self, rank: int, kind: str, value: Any) -> None:
         if kind == "doing":
             doing, self._frames[rank] = value
