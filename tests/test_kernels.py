@@ -56,6 +56,48 @@ def test_norm_and_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     assert distance(kernels.swiglu(both), F.silu(gate) * up) < BOUND[dtype]
 
 
+@pytest.mark.skipif(not kernels.has_tiles(), reason="the processor has no tile registers (AMX)")
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.sampled_from([32, 64, 96, 128]), st.integers(1, 90),
+    st.integers(0, 90), st.sampled_from([16, 48]), st.integers(1, 2),
+)  # fmt: skip
+@settings(max_examples=100, deadline=None)
+def test_attention_of_a_piece_of_a_prompt(
+    kv_heads: int, group: int, skipped: int, width: int, rows: int, start: int, size: int, threads: int
+) -> None:
+    """Heads of one rank, which may have the first group only in part; its last one it always has in part where it can."""
+    skipped = min(skipped, group - 1)
+    heads = max(kv_heads * group - skipped - (kv_heads > 1 and group > 1), 1)
+    blocks, context = -(-(start + rows) // size), start + rows
+    table = torch.randperm(blocks + 2, generator=torch.Generator().manual_seed(1))[:blocks]
+    k, v = (randn(blocks + 2, size, kv_heads, width, dtype=torch.bfloat16, seed=seed) for seed in (2, 3))
+    for cache in (k, v):  # behind the last token, and in blocks of others, there may be anything
+        cache[[b for b in range(blocks + 2) if b not in table]] = torch.nan
+        cache[table[-1], context - (blocks - 1) * size :] = torch.nan
+    qkv = randn(rows + 3, heads + 2 * kv_heads, width, dtype=torch.bfloat16, seed=4)
+    struct = kernels.AttentionStruct(
+        dtype=1, hidden=0, heads=heads, kv_heads=kv_heads, width=width, group=group, skipped=skipped, eps=0
+    )
+    step = kernels.StepStruct(rows=rows + 3, threads=threads, size=size, blocks=0)
+
+    def mine(at: int, count: int) -> torch.Tensor:
+        piece = range(3 + at, 3 + at + count)
+        return kernels.piece(kernels.library(), struct, step, piece, start + at, table, qkv, k, v)
+
+    whole = mine(0, rows)
+    keys, values = (
+        cache[table].flatten(0, 1)[:context, [(h + skipped) // group for h in range(heads)]].double().transpose(0, 1)
+        for cache in (k, v)
+    )
+    mask = torch.ones(rows, context, dtype=torch.bool).tril(start)
+    q = qkv[3:, :heads].double().transpose(0, 1)
+    right = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(0, 1).flatten(1)
+    assert distance(whole, right) < 2 * BOUND[torch.bfloat16]
+    cut = rows // 3
+    if cut:  # to the bit, wherever a prompt is cut
+        assert torch.equal(torch.cat((mine(0, cut), mine(cut, rows - cut))), whole)
+
+
 def test_fake_tensors_and_formats_it_does_not_know_are_left_to_pytorch() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

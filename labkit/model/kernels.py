@@ -3,7 +3,7 @@
 A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
 longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
 between them costs more than it computes. For many rows PyTorch's products are the faster ones, and C does what stands between
-them. LABKIT_KERNELS=torch in the environment leaves C out.
+them (attention of prompts only on a processor with AMX, else PyTorch). LABKIT_KERNELS=torch in the environment leaves C out.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from labkit import native
 
 ROWS = 8  # up to which a product in C is faster
 TOKENS = 16  # a block of the cache holds a multiple of these
+TILE = 32  # a head's width is a multiple of these where attention is computed by tiles
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_avx512", "AVX2": "_kernels_avx2"}
 
@@ -66,9 +67,17 @@ def library() -> ctypes.CDLL | None:
             "attention": (None, (attention, step, p, p, p, p)), "mlp": (None, (mlp, n, i, p, p)),
             "linear": (None, (p, p, p, p, n, n, n, i, i)), "rms_norm": (None, (p, p, p, n, n, f, i, i)),
             "swiglu": (None, (p, p, n, n, i, i)), "prepare": (None, (attention, step, p, p, p)),
-            "singles": (None, (attention, step, p, p, p, p)),
+            "singles": (None, (attention, step, p, p, p, p)), "has_tiles": (i, ()),
+            "piece": (None, (attention, step, n, n, n, p, p, p, p, p)),
         },
     )  # fmt: skip
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether this processor multiplies tiles of bfloat16 (AMX), and `piece` can be called."""
+    c = library()
+    return c is not None and bool(c.labkit_has_tiles())
 
 
 def suiting(x: torch.Tensor, rows: int | None = None) -> Any:
@@ -105,6 +114,28 @@ def singles(
     its product."""
     y = qkv.new_empty(step.rows, struct.heads * struct.width)
     c.labkit_singles(struct, step, qkv.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
+    return y
+
+
+def piece(
+    c: Any, struct: AttentionStruct, step: StepStruct, rows: range, start: int, table: torch.Tensor,
+    qkv: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """(n, heads x width): attention for the n `rows` of qkv (N, all heads x width), the tokens from position `start` on of the
+    sequence in blocks `table`, whose K and V have been put into the cache."""
+    y = qkv.new_empty(len(rows), struct.heads * struct.width)
+    c.labkit_piece(
+        struct,
+        step,
+        rows.start,
+        len(rows),
+        start,
+        table.data_ptr(),
+        qkv.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        y.data_ptr(),
+    )
     return y
 
 

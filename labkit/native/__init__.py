@@ -1,4 +1,5 @@
-"""What is written in C: `shm.c`, collectives through shared memory, and `kernels.c`, the operations of a decode step.
+"""What is written in C: `shm.c`, collectives through shared memory, and `kernels.c`, the operations of a decode step
+and some of a prompt's.
 
 Both are compiled when labkit is installed, where there is GCC, and called through ctypes, which releases Python's lock. What
 could not be compiled, or does not suit the processor, is absent, and labkit does without it.

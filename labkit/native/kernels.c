@@ -1,5 +1,5 @@
 /* Half a layer in one call, for the few rows of a decode step, which reads each weight once and is as fast as memory; and what stands
-   between the matrix products, for any number of rows.
+   between the matrix products, for any number of rows; with it, where the processor has tile registers, attention of prompts (amx.h).
 
    Everything is computed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a
    row is the same bits whatever rows are beside it. Threads are OpenMP's, from the pool that PyTorch's own operations use, so that
@@ -11,6 +11,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -148,6 +152,13 @@ typedef struct { /* the MLP of one layer, as far as it is on this rank */
 #define T bf16
 #define NAME(name) name##_bf16
 #include "typed.h"
+
+#if defined __AVX512F__ && defined __linux__ && __GNUC__ >= 11
+#include "amx.h"
+#else
+int labkit_has_tiles(void) { return 0; }
+void labkit_piece(void) {}
+#endif
 
 /* -- what Python calls ---------------------------------------------------------------------------------------------------- */
 
