@@ -82,45 +82,41 @@ AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t row
     size_t d = a->width, each = all_heads(a), token = a->kv_heads * d, context = start + rows;
     size_t steps = (context + SIDE - 1) / SIDE, wide = steps * SIDE, parts = (rows + SIDE - 1) / SIDE;
     size_t far = wide + SIDE; /* between two rows of scores: were it a multiple of 4 KiB, they'd share a few places in the cache */
-    bf16 *keys = (bf16 *)scratch(FOR_TILES, wide * d), *values = keys + wide * d; /* of one KV head, as tiles */
+    size_t one = wide * d; /* numbers of a KV head's K, or V */
+    bf16 *keys = (bf16 *)scratch(FOR_TILES, a->kv_heads * one), *values = keys + a->kv_heads * one; /* as tiles */
     float scale = 1 / sqrtf(d);
 #pragma omp parallel num_threads(s->threads) if (s->threads > 1)
     {
         float *scores = scratch(FOR_SUMS, SIDE * (far + far / 2 + d + d / 2)), *sum = scores + SIDE * far;
         bf16 *p = (bf16 *)(sum + SIDE * d), *q = p + SIDE * far;
         _tile_loadconfig(&tiles);
-        for (size_t kv = 0; kv < (size_t)a->kv_heads; kv++) {
-            size_t stop = (kv + 1) * a->group - a->skipped, before = kv * a->group;
-            size_t first = before > (size_t)a->skipped ? before - a->skipped : 0;
-            size_t heads = (stop < (size_t)a->heads ? stop : (size_t)a->heads) - first;
 #pragma omp for
-            for (size_t t = 0; t < wide; t += 16) {
-                size_t count = t < context ? context - t : 0; /* behind the context there may be no block */
-                size_t at = count ? (table[t / s->size] * s->size + t % s->size) * token + kv * d : 0, half = t / 16 % 2;
-                for (size_t i = 0; i < d; i += 32)
-                    keys_tile(k + at + i, token, keys + (t / SIDE * d + i) * SIDE + half * SQUARE / 2);
-                for (size_t i = 0; i < d; i += 16) {
-                    bf16 *two = values + i / SIDE * SIDE * wide + t / SIDE * SQUARE; /* tiles, of 32 dimensions */
-                    values_tile(v + at + i, token, count, two + i / 16 % 2 * SQUARE / 2 + half * SQUARE / 4);
-                }
-            }
+        for (size_t n = 0; n < a->kv_heads * wide; n += 16) {
+            size_t kv = n / wide, t = n % wide, count = t < context ? context - t : 0; /* of none there may be no block */
+            size_t at = count ? (table[t / s->size] * s->size + t % s->size) * token + kv * d : 0, half = t / 16 % 2;
+            bf16 *k_to = keys + kv * one + t / SIDE * SIDE * d + half * SQUARE / 2;
+            bf16 *v_to = values + kv * one + t / SIDE * SQUARE + half * SQUARE / 4;
+            for (size_t i = 0; i < d; i += 32) keys_tile(k + at + i, token, k_to + i * SIDE);
+            for (size_t i = 0; i < d; i += 16)
+                values_tile(v + at + i, token, count, v_to + i / SIDE * SIDE * wide + i / 16 % 2 * SQUARE / 2);
+        }
 #pragma omp for schedule(dynamic)
-            for (size_t task = 0; task < parts * heads; task++) { /* those that see most come first */
-                size_t at = (parts - 1 - task / heads) * SIDE, h = first + task % heads;
-                size_t count = rows - at < SIDE ? rows - at : SIDE, seen = (start + at + count + SIDE - 1) / SIDE;
-                float total[SIDE];
-                memset(q, 0, SIDE * d * sizeof(bf16));
-                for (size_t r = 0; r < count; r++) memcpy(q + r * d, qkv + (from + at + r) * each + h * d, d * sizeof(bf16));
-                for (size_t c = 0; c < seen; c++) square(q, d, keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far);
-                for (size_t r = 0; r < count; r++)
-                    total[r] = softmax(scores + r * far, p + r * far, start + at + r + 1, seen * SIDE, scale);
-                for (size_t i = 0; i < d; i += SIDE) square(p, far, values + i * wide, seen, sum + i, d);
-                for (size_t r = 0; r < count; r++)
-                    for (size_t i = 0; i < d; i += SIDE)
+        for (size_t task = 0; task < parts * a->heads; task++) { /* of each head, those that see most come first */
+            size_t at = (parts - 1 - task % parts) * SIDE, h = task / parts, kv = (h + a->skipped) / a->group;
+            size_t count = rows - at < SIDE ? rows - at : SIDE, seen = (start + at + count + SIDE - 1) / SIDE;
+            const bf16 *its_keys = keys + kv * one, *its_values = values + kv * one;
+            float total[SIDE];
+            memset(q, 0, SIDE * d * sizeof(bf16));
+            for (size_t r = 0; r < count; r++) memcpy(q + r * d, qkv + (from + at + r) * each + h * d, d * sizeof(bf16));
+            for (size_t c = 0; c < seen; c++) square(q, d, its_keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far);
+            for (size_t r = 0; r < count; r++)
+                total[r] = softmax(scores + r * far, p + r * far, start + at + r + 1, seen * SIDE, scale);
+            for (size_t i = 0; i < d; i += SIDE) square(p, far, its_values + i * wide, seen, sum + i, d);
+            for (size_t r = 0; r < count; r++)
+                for (size_t i = 0; i < d; i += SIDE)
 #pragma omp simd
-                        for (size_t j = 0; j < SIDE; j++)
-                            y[((at + r) * a->heads + h) * d + i + j] = narrow_bf16(sum[r * d + i + j] / total[r]);
-            }
+                    for (size_t j = 0; j < SIDE; j++)
+                        y[((at + r) * a->heads + h) * d + i + j] = narrow_bf16(sum[r * d + i + j] / total[r]);
         }
         _tile_release();
     }
