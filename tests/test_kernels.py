@@ -81,7 +81,7 @@ def test_attention_of_a_piece_of_a_prompt(
     step = kernels.StepStruct(rows=rows + 3, threads=threads, size=size, blocks=0)
 
     def mine(at: int, count: int) -> torch.Tensor:
-        piece = range(3 + at, 3 + at + count)
+        piece = slice(3 + at, 3 + at + count)
         return kernels.piece(kernels.library(), struct, step, piece, start + at, table, qkv, k, v)
 
     whole = mine(0, rows)

@@ -38,9 +38,8 @@ class Batch:
     singles: int  # sequences with one token
     tables: torch.Tensor | None  # (singles, n) their blocks, filled up with any; None without singles
     context: int  # tokens of the longest of them, this step's included
-    pieces: list[
-        tuple[int, int, torch.Tensor]
-    ]  # of the others: tokens in this step, position of the first, table of blocks
+    # Of the others: tokens in this step, position of the first, table of blocks (on a GPU only if the first isn't 0).
+    pieces: list[tuple[int, int, torch.Tensor | None]]
     # Tokens of each replica in this step, this one's N among them, where they take steps together; else [N].
     replicas: list[int]
     size: int  # tokens in a block of the cache
@@ -91,7 +90,10 @@ class Batch:
             singles=singles,
             tables=tensor([filled(table, widest) for table in used]) if used else None,
             context=max(context, default=0),
-            pieces=[(n, start, tensor(table[: -(-(start + n) // size)])) for n, start, table in pieces],
+            pieces=[
+                (n, start, tensor(table[: -(-(start + n) // size)]) if start or device.type == "cpu" else None)
+                for n, start, table in pieces
+            ],
             replicas=replicas or [sum(lengths)],
             size=size,
         )
@@ -230,14 +232,16 @@ class Attention(nn.Module):
         if batch.pieces:
             rest = qkv[batch.singles :]
             kernels.prepare(c, self.in_c, batch.pieces_in_c, rest, k, v)
-            if kernels.has_tiles() and qkv.dtype == torch.bfloat16 and self.cfg.head_dim % kernels.TILE == 0:
-                at = 0
-                for n, start, table in batch.pieces:
-                    rows = range(at, at := at + n)
+            q, new_k, new_v = self._heads(rest)
+            tiles = kernels.has_tiles() and qkv.dtype == torch.bfloat16 and self.cfg.head_dim % kernels.TILE == 0
+            at = 0
+            for n, start, table in batch.pieces:
+                rows = slice(at, at + n)
+                if tiles and n >= kernels.PIECE:
                     outs.append(kernels.piece(c, self.in_c, batch.pieces_in_c, rows, start, table, rest, k, v))
-            else:
-                q, new_k, new_v = self._heads(rest)
-                outs += self._pieces(q, new_k, new_v, k, v, batch)
+                else:
+                    outs.append(self._piece(q[rows], new_k[rows], new_v[rows], k, v, start, table))
+                at += n
         return outs
 
     def _outs(self, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
@@ -285,7 +289,7 @@ class Attention(nn.Module):
 
     def _piece(
         self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int,
-        table: torch.Tensor,
+        table: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         """A piece of one prompt. The first attends to itself, so the new K and V are all there is to read; a later one also to
         what the cache has."""

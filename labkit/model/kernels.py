@@ -19,6 +19,9 @@ from labkit import native
 ROWS = 8  # up to which a product in C is faster
 TOKENS = 16  # a block of the cache holds a multiple of these
 TILE = 32  # a head's width is a multiple of these where attention is computed by tiles
+# Tokens of a piece from which it is. It would be faster for fewer too, but as good rounding is not the same rounding, and what
+# small models answer to short prompts hangs on ties of bfloat16 logits.
+PIECE = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_avx512", "AVX2": "_kernels_avx2"}
 
@@ -118,24 +121,18 @@ def singles(
 
 
 def piece(
-    c: Any, struct: AttentionStruct, step: StepStruct, rows: range, start: int, table: torch.Tensor,
+    c: Any, struct: AttentionStruct, step: StepStruct, rows: slice, start: int, table: torch.Tensor | None,
     qkv: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """(n, heads x width): attention for the n `rows` of qkv (N, all heads x width), the tokens from position `start` on of the
     sequence in blocks `table`, whose K and V have been put into the cache."""
-    y = qkv.new_empty(len(rows), struct.heads * struct.width)
+    assert table is not None, "on a CPU all pieces have one"
+    n = rows.stop - rows.start
+    y = qkv.new_empty(n, struct.heads * struct.width)
     c.labkit_piece(
-        struct,
-        step,
-        rows.start,
-        len(rows),
-        start,
-        table.data_ptr(),
-        qkv.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
+        struct, step, rows.start, n, start, table.data_ptr(), qkv.data_ptr(), k.data_ptr(), v.data_ptr(),
         y.data_ptr(),
-    )
+    )  # fmt: skip
     return y
 
 

@@ -67,8 +67,9 @@ AMX static float softmax(const float *scores, bf16 *p, int visible, int end, flo
         vec r = x - n; /* 2^r by its series in r ln 2, |r| <= 1/2 */
         vec series = 1 + r * (0.69314718f + r * (0.24022651f + r * (0.05550411f + r * (0.00961813f + r * 0.00133336f))));
         __m512 e = _mm512_maskz_scalef_ps(there, (__m512)series, (__m512)n);
-        sum = _mm512_add_ps(sum, e);
-        _mm256_storeu_si256((__m256i *)(p + t), (__m256i)_mm512_cvtneps_pbh(e));
+        __m256bh rounded = _mm512_cvtneps_pbh(e);
+        sum = _mm512_add_ps(sum, _mm512_cvtpbh_ps(rounded)); /* of what is multiplied: then weights do add up to 1 */
+        _mm256_storeu_si256((__m256i *)(p + t), (__m256i)rounded);
     }
     return _mm512_reduce_add_ps(sum);
 }
