@@ -1,6 +1,6 @@
 /* Attention of a piece of a prompt in bfloat16, on tile registers (AMX). Its two products take most of their time in rearranging
-   what they multiply, so K and V are laid out once for all queries that look at them, straight from the blocks of the cache, and
-   what lies behind a query is not computed at all. PyTorch computes all of it and masks it. */
+   what they multiply, so K and V are laid out once for all queries that look at them, straight from the blocks of the cache. Of
+   32 queries all scores are kept; what lies behind them all is not computed. */
 
 #define AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 enum { SIDE = 32, SQUARE = SIDE * SIDE }; /* what eight tiles compute at once: (32, 32) of 32-long rows and columns */
@@ -26,7 +26,7 @@ AMX INLINE void square(const bf16 *a, size_t stride, const bf16 *b, size_t steps
     _tile_stored(2, sum + 16 * width, 4 * width); _tile_stored(3, sum + 16 * width + 16, 4 * width);
 }
 
-/* Of 16 rows (16,): element n of a group of 2n changes places with its row, for n = 1, 2, 4, 8 a transposition. */
+/* Of 16 rows (16,): swaps the off-diagonal n x n parts of each 2n x 2n part; for n = 1, 2, 4, 8 in turn, a transposition. */
 INLINE void swap(ints *rows, int n) {
     ints low, high;
     for (int j = 0; j < 16; j++) low[j] = j & n ? 16 + j - n : j, high[j] = j & n ? 16 + j : j + n;
