@@ -38,8 +38,9 @@ class Batch:
     singles: int  # sequences with one token
     tables: torch.Tensor | None  # (singles, n) their blocks, filled up with any; None without singles
     context: int  # tokens of the longest of them, this step's included
-    # Of the others: tokens in this step, position of the first, table of blocks (on a GPU only if the first isn't 0).
-    pieces: list[tuple[int, int, torch.Tensor | None]]
+    # Of the others: their tokens' rows behind those of the singles, position of the first, table of blocks (on a GPU only if
+    # that isn't 0).
+    pieces: list[tuple[slice, int, torch.Tensor | None]]
     # Tokens of each replica in this step, this one's N among them, where they take steps together; else [N].
     replicas: list[int]
     size: int  # tokens in a block of the cache
@@ -82,7 +83,7 @@ class Batch:
         used = [table[: -(-n // size)] for table, n in zip(tables, context, strict=False)]
         widest = max(map(len, used), default=0)
         at = [(i, p) for i, (start, n) in enumerate(zip(starts, lengths, strict=True)) for p in range(start, start + n)]
-        pieces = zip(lengths[singles:], starts[singles:], tables[singles:], strict=True)
+        pieces = zip(lengths[singles:], accumulate(lengths[singles:]), starts[singles:], tables[singles:], strict=True)
         return cls(
             positions=tensor([p for _, p in at]),
             slots=tensor([slot(tables[i], p, size) for i, p in at]),
@@ -91,8 +92,12 @@ class Batch:
             tables=tensor([filled(table, widest) for table in used]) if used else None,
             context=max(context, default=0),
             pieces=[
-                (n, start, tensor(table[: -(-(start + n) // size)]) if start or device.type == "cpu" else None)
-                for n, start, table in pieces
+                (
+                    slice(stop - n, stop),
+                    start,
+                    tensor(table[: -(-(start + n) // size)]) if start or device.type == "cpu" else None,
+                )
+                for n, stop, start, table in pieces
             ],
             replicas=replicas or [sum(lengths)],
             size=size,
@@ -234,14 +239,11 @@ class Attention(nn.Module):
             kernels.prepare(c, self.in_c, batch.pieces_in_c, rest, k, v)
             q, new_k, new_v = self._heads(rest)
             tiles = kernels.has_tiles() and qkv.dtype == torch.bfloat16 and self.cfg.head_dim % kernels.TILE == 0
-            at = 0
-            for n, start, table in batch.pieces:
-                rows = slice(at, at + n)
-                if tiles and n >= kernels.PIECE:
+            for rows, start, table in batch.pieces:
+                if tiles and rows.stop - rows.start >= kernels.PIECE:
                     outs.append(kernels.piece(c, self.in_c, batch.pieces_in_c, rows, start, table, rest, k, v))
                 else:
                     outs.append(self._piece(q[rows], new_k[rows], new_v[rows], k, v, start, table))
-                at += n
         return outs
 
     def _outs(self, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
@@ -256,7 +258,8 @@ class Attention(nn.Module):
             cache.view(-1, *new.shape[1:]).index_copy_(0, batch.slots, new)
         s = batch.singles
         outs = [self._singles(q[:s], k, v, batch)] if s else []
-        return outs + self._pieces(q[s:], new_k[s:], new_v[s:], k, v, batch)
+        q, new_k, new_v = q[s:], new_k[s:], new_v[s:]
+        return outs + [self._piece(q[r], new_k[r], new_v[r], k, v, start, table) for r, start, table in batch.pieces]
 
     def _whole_groups(self, q: torch.Tensor) -> torch.Tensor:
         """Fills up groups that this rank holds only in part, so that the heads are a grid of (kv heads, group)."""
@@ -266,16 +269,6 @@ class Attention(nn.Module):
     def _own(self, out: torch.Tensor) -> torch.Tensor:
         """(n, heads of whole groups, d) -> (n, heads here x d)."""
         return out[:, self.share.pad_left : self.share.pad_left + len(self.share.query)].flatten(1)
-
-    def _pieces(
-        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
-    ) -> list[torch.Tensor]:
-        outs, at = [], 0
-        for n, start, table in batch.pieces:
-            here = slice(at, at + n)
-            outs.append(self._piece(q[here], new_k[here], new_v[here], k, v, start, table))
-            at += n
-        return outs
 
     def _singles(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One token of each sequence, all at once. A group's query heads share K and V like rows of one query."""
