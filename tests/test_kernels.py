@@ -56,7 +56,49 @@ def test_norm_and_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     assert distance(kernels.swiglu(both), F.silu(gate) * up) < BOUND[dtype]
 
 
-@pytest.mark.skipif(not kernels.has_tiles(), reason="the processor has no tile registers (AMX)")
+needs_tiles = pytest.mark.skipif(not kernels.has_tiles(), reason="the processor has no tile registers (AMX)")
+
+
+@needs_tiles
+@given(st.integers(1, 600), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.integers(1, 2))
+@settings(max_examples=100, deadline=None)
+def test_products_by_tiles(rows: int, ins: int, outs: int, biased: bool, threads: int) -> None:
+    """Sums are exact but for the order in which they are added up; of five rows or more each is the same in any company."""
+    torch.set_num_threads(threads)
+    bf16 = torch.bfloat16
+    width, out = 32 * ins, 32 * outs
+    x, w = randn(rows, width, dtype=bf16), randn(out, width, dtype=bf16, seed=1)
+    bias = randn(out, dtype=bf16, seed=2) if biased else None
+    right = F.linear(x.double(), w.double(), None if bias is None else bias.double())
+    assert distance(kernels.linear(x, w, bias), right) < BOUND[bf16]
+    sums = kernels.linear(x, w, bias, wide=True)
+    assert sums.dtype == torch.float32
+    if rows <= kernels.TILED_ROWS:  # else it is PyTorch's, rounded
+        assert distance(sums, right) < BOUND[torch.float32]
+
+    norm, gate_up, down = (
+        randn(*n, dtype=bf16, seed=s) for s, n in ((3, (width,)), (4, (2 * out, width)), (5, (width, out)))
+    )
+    gate_up_bias = randn(2 * out, dtype=bf16, seed=6) if biased else None
+    struct = kernels.MlpStruct(
+        dtype=1, hidden=width, inner=out, eps=1e-5, norm=norm, gate_up=gate_up, gate_up_bias=gate_up_bias, down=down
+    )
+    normed = F.rms_norm(x.double(), (width,), norm.double(), 1e-5)
+    both = F.linear(normed, gate_up.double(), None if gate_up_bias is None else gate_up_bias.double())
+    gate, up = both.chunk(2, dim=1)
+    right = F.linear(F.silu(gate) * up, down.double())
+    c = kernels.library()
+    found = kernels.mlp(c, struct, x)
+    assert distance(found, right) < 4 * BOUND[bf16]  # what it multiplies is rounded twice on the way
+    if rows > 10:
+        assert torch.equal(kernels.mlp(c, struct, x[rows // 2 :].contiguous()), found[rows // 2 :])
+        assert torch.equal(
+            kernels.linear(x[:5].contiguous(), w, bias, wide=True),
+            kernels.linear(x[:9].contiguous(), w, bias, wide=True)[:5],
+        )
+
+
+@needs_tiles
 @given(
     st.integers(1, 3), st.integers(1, 4), st.integers(0, 2), st.sampled_from([32, 64, 96, 128]), st.integers(1, 90),
     st.integers(0, 90), st.sampled_from([16, 48]), st.integers(1, 2),

@@ -14,20 +14,19 @@ from labkit.parallel.tensor import VocabParallelHead
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParallelHead) -> torch.Tensor:
-    """Ids (B,) for logits (B, this rank's part of the vocabulary), the same on every tp rank.
+    """Ids (B,) for logits (B, this rank's part of the vocabulary) in float32, the same on every tp rank.
+    The logits are overwritten where requests ask for more than the largest.
 
     If any request wants log probabilities, float64 rows (B, 2 + 2k) instead: id, its log probability, the k likeliest ids,
     theirs; of the model's own distribution, before temperature and penalties, as in vLLM.
     """
     params = [request.params for request in requests]
     wanted = _logprobs(requests)
-    scores = logits.float()
-    logprobs = head.gather(scores).log_softmax(-1) if wanted is not None else None
+    logprobs = head.gather(logits).log_softmax(-1) if wanted is not None else None
     if any(p.penalises for p in params):
-        scores = scores.clone()
-        for row, request in zip(scores, requests, strict=True):
+        for row, request in zip(logits, requests, strict=True):
             _penalise(row, request, head.rows)
-    ids = head.argmax(scores) if all(p.greedy for p in params) else _draw(scores, requests, head)
+    ids = head.argmax(logits) if all(p.greedy for p in params) else _draw(logits, requests, head)
     if wanted is None or logprobs is None:
         return ids
     top = logprobs.topk(wanted)

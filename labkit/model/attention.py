@@ -206,7 +206,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
         """Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
         c = kernels.suiting(x) if batch.size % kernels.TOKENS == 0 else None
-        if c and not batch.pieces and len(x) <= kernels.ROWS:
+        if c and not batch.pieces and (self.by_tiles or len(x) <= kernels.ROWS):
             return self.o.reduce(kernels.attention(c, self.in_c, batch.singles_in_c, x, k, v))
         qkv = self.qkv(kernels.rms_norm(x, self.norm, self.cfg.rms_eps))
         outs = self._outs_with_c(c, qkv, batch, k, v) if c else self._outs(qkv, batch, k, v)
@@ -221,6 +221,10 @@ class Attention(nn.Module):
             qkv=self.qkv.weight, qkv_bias=self.qkv.bias, q_norm=self.q_norm if cfg.qk_norm else None,
             k_norm=self.k_norm if cfg.qk_norm else None, o=self.o.weight,
         )  # fmt: skip
+
+    @cached_property
+    def by_tiles(self) -> bool:
+        return kernels.by_tiles(self.norm.dtype, self.cfg.hidden, self.cfg.head_dim)
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, each (n, heads, d), of all three side by side."""
@@ -238,9 +242,8 @@ class Attention(nn.Module):
             rest = qkv[batch.singles :]
             kernels.prepare(c, self.in_c, batch.pieces_in_c, rest, k, v)
             q, new_k, new_v = self._heads(rest)
-            tiles = kernels.has_tiles() and qkv.dtype == torch.bfloat16 and self.cfg.head_dim % kernels.TILE == 0
             for rows, start, table in batch.pieces:
-                if tiles and rows.stop - rows.start >= kernels.PIECE:
+                if self.by_tiles:
                     outs.append(kernels.piece(c, self.in_c, batch.pieces_in_c, rows, start, table, rest, k, v))
                 else:
                     outs.append(self._piece(q[rows], new_k[rows], new_v[rows], k, v, start, table))

@@ -74,7 +74,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(weight, bias, "mlp", dtype, device)
 
     def forward(self, x: torch.Tensor) -> Forward:
-        if c := kernels.suiting(x, kernels.ROWS):
+        if c := kernels.suiting(x, None if self.by_tiles else kernels.ROWS):
             return self.down.reduce(kernels.mlp(c, self.in_c, x))
         return self.down(kernels.swiglu(self.gate_up(kernels.rms_norm(x, self.norm, self.eps))))
 
@@ -85,6 +85,10 @@ class MLP(nn.Module):
             eps=self.eps, norm=self.norm, gate_up=self.gate_up.weight, gate_up_bias=self.gate_up.bias,
             down=self.down.weight,
         )  # fmt: skip
+
+    @cached_property
+    def by_tiles(self) -> bool:
+        return kernels.by_tiles(self.norm.dtype, *self.down.weight.shape)
 
 
 class Layer(nn.Module):

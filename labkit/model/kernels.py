@@ -2,8 +2,9 @@
 
 A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
 longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
-between them costs more than it computes. For many rows PyTorch's products are the faster ones, and C does what stands between
-them (attention of prompts only on a processor with AMX, else PyTorch). LABKIT_KERNELS=torch in the environment leaves C out.
+between them costs more than it computes. For many rows C's products, and its attention of prompts, are the faster ones on a
+processor with AMX in bfloat16; elsewhere PyTorch's are, and C does what stands between them. LABKIT_KERNELS=torch in the
+environment leaves C out.
 """
 
 import ctypes
@@ -16,12 +17,10 @@ import torch.nn.functional as F
 
 from labkit import native
 
-ROWS = 8  # up to which a product in C is faster
+ROWS = 8  # up to which a product in C is the faster one without tiles
+TILED_ROWS = 512  # and with them; an MLP always is
 TOKENS = 16  # a block of the cache holds a multiple of these
-TILE = 32  # a head's width is a multiple of these where attention is computed by tiles
-# Tokens of a piece from which it is. It would be faster for fewer too, but as good rounding is not the same rounding, and what
-# small models answer to short prompts hangs on ties of bfloat16 logits.
-PIECE = 64
+TILE = 32  # widths are multiples of these where tiles compute
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _BUILDS = {"AVX512": "_kernels_avx512", "AVX2": "_kernels_avx2"}
 
@@ -68,7 +67,7 @@ def library() -> ctypes.CDLL | None:
         found,
         {
             "attention": (None, (attention, step, p, p, p, p)), "mlp": (None, (mlp, n, i, p, p)),
-            "linear": (None, (p, p, p, p, n, n, n, i, i)), "rms_norm": (None, (p, p, p, n, n, f, i, i)),
+            "linear": (None, (p, p, p, p, i, n, n, n, i, i)), "rms_norm": (None, (p, p, p, n, n, f, i, i)),
             "swiglu": (None, (p, p, n, n, i, i)), "prepare": (None, (attention, step, p, p, p)),
             "singles": (None, (attention, step, p, p, p, p)), "has_tiles": (i, ()),
             "piece": (None, (attention, step, n, n, n, p, p, p, p, p)),
@@ -81,6 +80,11 @@ def has_tiles() -> bool:
     """Whether this processor multiplies tiles of bfloat16 (AMX), and `piece` can be called."""
     c = library()
     return c is not None and bool(c.labkit_has_tiles())
+
+
+def by_tiles(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether C computes products of these widths by tiles."""
+    return dtype == torch.bfloat16 and has_tiles() and all(n % TILE == 0 for n in widths)
 
 
 def suiting(x: torch.Tensor, rows: int | None = None) -> Any:
@@ -143,14 +147,19 @@ def prepare(
     c.labkit_prepare(struct, step, qkv.data_ptr(), k.data_ptr(), v.data_ptr())
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (N, in) times weight (out, in) transposed, plus bias (out,)."""
-    c, out = suiting(x, ROWS), weight.shape[0]
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
+    """x (N, in) times weight (out, in) transposed, plus bias (out,).
+
+    In float32 if `wide`; where PyTorch computes it, it has been rounded to x's format before.
+    """
+    out = weight.shape[0]
+    c = suiting(x, TILED_ROWS if by_tiles(x.dtype, *weight.shape) else ROWS)
     if c is None:
-        return F.linear(x, weight, bias)
-    y = x.new_empty(x.shape[0], out)
+        y = F.linear(x, weight, bias)
+        return y.float() if wide else y
+    y = x.new_empty(x.shape[0], out, dtype=torch.float32 if wide else x.dtype)
     c.labkit_linear(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), wide,
         x.shape[0], x.shape[1], out, DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return y

@@ -1,6 +1,7 @@
-/* Attention of a piece of a prompt in bfloat16, on tile registers (AMX). Its two products take most of their time in rearranging
-   what they multiply, so K and V are laid out once for all queries that look at them, straight from the blocks of the cache. Of
-   32 queries all scores are kept; what lies behind them all is not computed. */
+/* On tile registers (AMX), in bfloat16: products of more than a few rows, and attention of a piece of a prompt.
+
+   Weights stay as they lie: of y^T = w x^T the left side's tiles are what lies in memory, and on the right x is rearranged, which
+   is small. What comes out are columns of y, so a SwiGLU's results are, but for rounding, the tiles of the next product. */
 
 #define AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 enum { SIDE = 32, SQUARE = SIDE * SIDE }; /* what eight tiles compute at once: (32, 32) of 32-long rows and columns */
@@ -8,25 +9,44 @@ enum { SIDE = 32, SQUARE = SIDE * SIDE }; /* what eight tiles compute at once: (
 /* Whether this processor has tiles and the system lets this process use them. */
 int labkit_has_tiles(void) {
     enum { ASK = 0x1023, TILES = 18 }; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
-    return __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, ASK, TILES);
+    static int has = -1;
+    if (has < 0) has = __builtin_cpu_supports("amx-bf16") && !syscall(SYS_arch_prctl, ASK, TILES);
+    return has;
+}
+
+/* Whether products of `rows` rows are for tiles, of widths `in` and `out`. */
+static int by_tiles(int64_t dtype, size_t rows, size_t in, size_t out) {
+    return dtype && rows > FEW && in % SIDE == 0 && out % SIDE == 0 && labkit_has_tiles();
+}
+
+/* Each thread does this before its first tile. */
+AMX INLINE void start_tiles(void) {
+    static const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } all = {
+        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&all);
 }
 
 /* sum (32, 32), of rows `width` apart, = a (32, 32 steps), of rows `stride` apart, times b (steps, 2, 16, 16, 2): for each 32 rows
-   of the right side and each 16 of its columns a tile, in which two rows are side by side. */
-AMX INLINE void square(const bf16 *a, size_t stride, const bf16 *b, size_t steps, float *sum, size_t width) {
+   of the right side and each 16 of its columns a tile, in which two rows are side by side. With `fetch`, a is fetched from memory
+   two steps ahead. */
+AMX INLINE void square(const bf16 *a, size_t stride, const bf16 *b, size_t steps, float *sum, size_t width, int fetch) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (size_t k = 0; k < steps; k++, a += SIDE, b += SQUARE) {
+        if (fetch)
+            for (size_t i = 0; i < SIDE; i++) __builtin_prefetch(a + i * stride + 2 * SIDE, 0, 3);
         _tile_loadd(4, a, 2 * stride);
-        _tile_loadd(5, a + 16 * stride, 2 * stride);
         _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + SQUARE / 2, 64);
-        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 16 * stride, 2 * stride);
+        _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sum, 4 * width); _tile_stored(1, sum + 16, 4 * width);
     _tile_stored(2, sum + 16 * width, 4 * width); _tile_stored(3, sum + 16 * width + 16, 4 * width);
 }
 
-/* Of 16 rows (16,): swaps the off-diagonal n x n parts of each 2n x 2n part; for n = 1, 2, 4, 8 in turn, a transposition. */
+/* Of 16 rows (16,): swaps the off-diagonal n x n parts of each 2n x 2n part. */
 INLINE void swap(ints *rows, int n) {
     ints low, high;
     for (int j = 0; j < 16; j++) low[j] = j & n ? 16 + j - n : j, high[j] = j & n ? 16 + j : j + n;
@@ -38,13 +58,150 @@ INLINE void swap(ints *rows, int n) {
         }
 }
 
-/* A tile of K transposed, of 16 tokens' 32 dimensions. */
-static void keys_tile(const bf16 *k, size_t token, bf16 *tile) {
+INLINE void transpose(ints *rows) { swap(rows, 1), swap(rows, 2), swap(rows, 4), swap(rows, 8); }
+
+/* A tile of x transposed: of 16 rows, `stride` apart, 32 columns; where there are fewer rows, the last one again. */
+INLINE void columns(const bf16 *x, size_t stride, size_t count, bf16 *tile) {
     ints rows[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) memcpy(rows + i, k + i * token, sizeof *rows);
-    swap(rows, 1), swap(rows, 2), swap(rows, 4), swap(rows, 8);
+    for (size_t i = 0; i < 16; i++) memcpy(rows + i, x + (i < count ? i : count - 1) * stride, sizeof *rows);
+    transpose(rows);
     memcpy(tile, rows, sizeof rows);
+}
+
+/* 2^x to 4e-5 of it, a hundredth of bfloat16's step, by the series of 2^r in r ln 2, |r| <= 1/2. */
+INLINE vec exp2_of(vec x) {
+    vec n = (vec)_mm512_roundscale_ps((__m512)x, 0), r = x - n;
+    vec series = 1 + r * (0.69314718f + r * (0.24022651f + r * (0.05550411f + r * 0.00961813f)));
+    return (vec)_mm512_scalef_ps((__m512)series, (__m512)n);
+}
+
+/* -- products ------------------------------------------------------------------------------------------------------- */
+
+/* tiles (blocks of 32 rows, in / 32, 2, 16, 16, 2) of x (rows, in), normalised unless `norm` is NULL. All threads call it. */
+AMX static void lay_out(const bf16 *x, const bf16 *norm, float eps, size_t rows, size_t in, bf16 *tiles) {
+    size_t steps = in / SIDE;
+#pragma omp for
+    for (size_t n = 0; n < (rows + SIDE - 1) / SIDE * 2; n++) {
+        size_t first = n * 16 < rows ? n * 16 : rows - 1, count = rows - first < 16 ? rows - first : 16;
+        const bf16 *from = x + first * in;
+        if (norm) {
+            float *row = scratch(FOR_ROWS, in + 16 * in / 2);
+            bf16 *rounded = (bf16 *)(row + in);
+            for (size_t r = 0; r < count; r++) {
+                widen_bf16(from + r * in, row, in);
+                norm_bf16(row, norm, in, eps);
+                narrow_all_bf16(row, rounded + r * in, in);
+            }
+            from = rounded;
+        }
+        for (size_t k = 0; k < steps; k++)
+            columns(from + k * SIDE, in, count, tiles + (n / 2 * steps + k) * SQUARE + n % 2 * SQUARE / 2);
+    }
+}
+
+/* y (rows, out) = what is in `tiles` times w (out, in) transposed, plus bias (out,) unless NULL; y in float32 if `wide`. All
+   threads call it. */
+AMX static void multiply(const bf16 *tiles, const bf16 *w, const bf16 *bias, void *y, int wide, size_t rows, size_t in,
+                         size_t out) {
+#pragma omp for
+    for (size_t o = 0; o < out; o += SIDE)
+        for (size_t first = 0; first < rows; first += SIDE) {
+            float sum[SQUARE] __attribute__((aligned(64)));
+            square(w + o * in, in, tiles + first * in, in / SIDE, sum, SIDE, first == 0);
+            for (size_t part = 0; part < 4; part++) {
+                size_t row = first + part % 2 * 16, at = o + part / 2 * 16;
+                const float *its = sum + part / 2 * SQUARE / 2 + part % 2 * 16;
+                ints sums[16];
+#pragma GCC unroll 16
+                for (size_t i = 0; i < 16; i++) memcpy(sums + i, its + i * SIDE, sizeof *sums);
+                transpose(sums);
+                vec add = bias ? load_bf16(bias + at) : (vec){0};
+#pragma GCC unroll 16
+                for (size_t i = 0; i < 16; i++)
+                    if (row + i < rows) {
+                        vec result = (vec)sums[i] + add;
+                        __m256bh rounded = _mm512_cvtneps_pbh((__m512)result);
+                        if (wide) memcpy((float *)y + (row + i) * out + at, &result, sizeof result);
+                        else memcpy((bf16 *)y + (row + i) * out + at, &rounded, sizeof rounded);
+                    }
+            }
+        }
+}
+
+/* Rows that are multiplied at once: as tiles they, and what comes of them, stay in the second-level cache. */
+static size_t rows_at_once(size_t in) { return in > 1024 ? 256 : 512; }
+
+/* y (rows, out) = x (rows, in), normalised unless `norm` is NULL, times w (out, in) transposed, plus bias (out,) unless NULL;
+   y in float32 if `wide`. */
+AMX static void tiled_linear(const bf16 *x, const bf16 *norm, float eps, const bf16 *w, const bf16 *bias, void *y, int wide,
+                             size_t rows, size_t in, size_t out, int threads) {
+    size_t chunk = rows_at_once(in);
+    bf16 *tiles = (bf16 *)scratch(FOR_TILES, chunk * in / 2);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        start_tiles();
+        for (size_t from = 0; from < rows; from += chunk) {
+            size_t count = rows - from < chunk ? rows - from : chunk;
+            lay_out(x + from * in, norm, eps, count, in, tiles);
+            multiply(tiles, w, bias, (char *)y + from * out * (wide ? 4 : 2), wide, count, in, out);
+        }
+        _tile_release();
+    }
+}
+
+/* silu(gate) * up of 32 features of 32 rows, as a tile of the product that comes next. gate, up: (32 features, 32 rows). */
+AMX INLINE void gated_tile(const float *gate, const float *up, const bf16 *gate_bias, const bf16 *up_bias, bf16 *tile) {
+    for (size_t feature = 0; feature < SIDE; feature += 2)
+        for (size_t row = 0; row < SIDE; row += 16) {
+            ints pair[2];
+            for (size_t i = 0; i < 2; i++) {
+                vec g = load_f32(gate + (feature + i) * SIDE + row), u = load_f32(up + (feature + i) * SIDE + row);
+                if (gate_bias) g += wide_bf16(gate_bias[feature + i]), u += wide_bf16(up_bias[feature + i]);
+                vec y = g / (1 + exp2_of(g * -1.44269504f)) * u;
+                pair[i] = (ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)y));
+            }
+            pair[0] |= pair[1] << 16;
+            memcpy(tile + row * SIDE + feature * 16, pair, sizeof *pair);
+        }
+}
+
+/* y (rows, hidden): this rank's part of what the MLP adds to x (rows, hidden), norm included. */
+AMX static void tiled_mlp(const Mlp *m, size_t rows, int threads, const bf16 *x, bf16 *y) {
+    size_t hidden = m->hidden, inner = m->inner, chunk = rows_at_once(hidden);
+    const bf16 *gate = m->gate_up, *up = gate + inner * hidden, *gate_bias = m->gate_up_bias;
+    const bf16 *up_bias = gate_bias ? gate_bias + inner : NULL;
+    bf16 *tiles = (bf16 *)scratch(FOR_TILES, chunk * (hidden + inner) / 2), *between = tiles + chunk * hidden;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        start_tiles();
+        for (size_t from = 0; from < rows; from += chunk) {
+            size_t count = rows - from < chunk ? rows - from : chunk;
+            lay_out(x + from * hidden, m->norm, m->eps, count, hidden, tiles);
+#pragma omp for
+            for (size_t o = 0; o < inner; o += SIDE)
+                for (size_t first = 0; first < count; first += SIDE) {
+                    float sum[2 * SQUARE] __attribute__((aligned(64)));
+                    square(gate + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum, SIDE, first == 0);
+                    square(up + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum + SQUARE, SIDE, first == 0);
+                    gated_tile(sum, sum + SQUARE, gate_bias ? gate_bias + o : NULL, gate_bias ? up_bias + o : NULL,
+                               between + first * inner + o * SIDE);
+                }
+            multiply(between, m->down, NULL, y + from * hidden, 0, count, inner, hidden);
+        }
+        _tile_release();
+    }
+}
+
+/* -- attention ------------------------------------------------------------------------------------------------------ */
+
+/* y (rows, hidden): this rank's part of what attention adds to x (rows, hidden), norm included; one token of each sequence. */
+static void tiled_attention(const Attention *a, const Step *s, const bf16 *x, bf16 *k, bf16 *v, bf16 *y) {
+    size_t rows = s->rows, each = all_heads(a), inner = a->heads * a->width;
+    bf16 *qkv = (bf16 *)scratch(FOR_HALVES, rows * (each + inner) / 2 + 1), *out = qkv + rows * each;
+    tiled_linear(x, a->norm, a->eps, a->qkv, a->qkv_bias, qkv, 0, rows, a->hidden, each, s->threads);
+    singles_bf16(a, s, qkv, k, v, out);
+    tiled_linear(out, NULL, 0, a->o, NULL, y, 0, rows, inner, a->hidden, s->threads);
 }
 
 /* Half a tile of V, of 16 tokens' 16 dimensions; zeros from token `count` on, where the cache may hold anything. */
@@ -54,32 +211,29 @@ static void values_tile(const bf16 *v, size_t token, size_t count, bf16 *tile) {
 }
 
 /* p (end,) = e^((score - the most of them) scale) of the first `visible` scores, and zeros; returns their sum. */
-AMX static float softmax(const float *scores, bf16 *p, int visible, int end, float scale) {
-    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (int t = 0; t < visible; t += 16) {
-        __mmask16 there = visible - t < 16 ? (1 << (visible - t)) - 1 : 0xffff;
-        most = _mm512_mask_max_ps(most, there, most, _mm512_loadu_ps(scores + t));
-    }
-    vec shift = (vec)_mm512_set1_ps(_mm512_reduce_max_ps(most) * scale * 1.44269504f);
-    for (int t = 0; t < end; t += 16) {
-        __mmask16 there = visible - t >= 16 ? 0xffff : visible > t ? (1 << (visible - t)) - 1 : 0;
-        vec x = (vec)_mm512_loadu_ps(scores + t) * (scale * 1.44269504f) - shift, n = (vec)_mm512_roundscale_ps((__m512)x, 0);
-        vec r = x - n; /* 2^r by its series in r ln 2, |r| <= 1/2 */
-        vec series = 1 + r * (0.69314718f + r * (0.24022651f + r * (0.05550411f + r * (0.00961813f + r * 0.00133336f))));
-        __m512 e = _mm512_maskz_scalef_ps(there, (__m512)series, (__m512)n);
-        __m256bh rounded = _mm512_cvtneps_pbh(e);
-        sum = _mm512_add_ps(sum, _mm512_cvtpbh_ps(rounded)); /* of what is multiplied: then weights do add up to 1 */
-        _mm256_storeu_si256((__m256i *)(p + t), (__m256i)rounded);
+AMX static float softmax(float *scores, bf16 *p, size_t visible, size_t end, float scale) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    __m512 most[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)}, sum = _mm512_setzero_ps();
+    for (size_t t = visible; t < end; t++) scores[t] = -1e30f;
+    for (size_t t = 0; t < end; t += SIDE)
+        for (int i = 0; i < 2; i++) most[i] = _mm512_max_ps(most[i], _mm512_loadu_ps(scores + t + 16 * i));
+    scale *= 1.44269504f;
+    vec shift = (vec)_mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(most[0], most[1])) * scale);
+    for (size_t t = 0; t < end; t += SIDE) {
+        vec low = exp2_of(load_f32(scores + t) * scale - shift), high = exp2_of(load_f32(scores + t + 16) * scale - shift);
+        __m512bh rounded = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        sum = _mm512_dpbf16_ps(sum, rounded, ones); /* of what is multiplied: then weights do add up to 1 */
+        memcpy(p + t, &rounded, sizeof rounded);
     }
     return _mm512_reduce_add_ps(sum);
 }
 
 /* y (rows, heads x width): attention for `rows` rows of qkv (s->rows, all heads, width) from row `from` on, the tokens from
-   position `start` on of the sequence in blocks `table`; their K and V are in the cache. Widths are multiples of 32, blocks of 16. */
+   position `start` on of the sequence in blocks `table`; their K and V are in the cache. Widths are multiples of 32, blocks of 16.
+   K and V are laid out as tiles once for all queries that look at them, straight from the blocks of the cache: rearranging what they
+   multiply is most of what the two products take. Of 32 queries all scores are kept; what lies behind them all is not computed. */
 AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t rows, size_t start, const int64_t *table,
                       const bf16 *qkv, const bf16 *k, const bf16 *v, bf16 *y) {
-    const struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {
-        1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     size_t d = a->width, each = all_heads(a), token = a->kv_heads * d, context = start + rows;
     size_t steps = (context + SIDE - 1) / SIDE, wide = steps * SIDE, parts = (rows + SIDE - 1) / SIDE;
     size_t far = wide + SIDE; /* between two rows of scores: were it a multiple of 4 KiB, they'd share a few places in the cache */
@@ -90,14 +244,14 @@ AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t row
     {
         float *scores = scratch(FOR_SUMS, SIDE * (far + far / 2 + d + d / 2)), *sum = scores + SIDE * far;
         bf16 *p = (bf16 *)(sum + SIDE * d), *q = p + SIDE * far;
-        _tile_loadconfig(&tiles);
+        start_tiles();
 #pragma omp for
         for (size_t n = 0; n < a->kv_heads * wide; n += 16) {
             size_t kv = n / wide, t = n % wide, count = t < context ? context - t : 0; /* of none there may be no block */
             size_t at = count ? (table[t / s->size] * s->size + t % s->size) * token + kv * d : 0, half = t / 16 % 2;
             bf16 *k_to = keys + kv * one + t / SIDE * SIDE * d + half * SQUARE / 2;
             bf16 *v_to = values + kv * one + t / SIDE * SQUARE + half * SQUARE / 4;
-            for (size_t i = 0; i < d; i += 32) keys_tile(k + at + i, token, k_to + i * SIDE);
+            for (size_t i = 0; i < d; i += 32) columns(k + at + i, token, 16, k_to + i * SIDE);
             for (size_t i = 0; i < d; i += 16)
                 values_tile(v + at + i, token, count, v_to + i / SIDE * SIDE * wide + i / 16 % 2 * SQUARE / 2);
         }
@@ -109,10 +263,10 @@ AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t row
             float total[SIDE];
             memset(q, 0, SIDE * d * sizeof(bf16));
             for (size_t r = 0; r < count; r++) memcpy(q + r * d, qkv + (from + at + r) * each + h * d, d * sizeof(bf16));
-            for (size_t c = 0; c < seen; c++) square(q, d, its_keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far);
+            for (size_t c = 0; c < seen; c++) square(q, d, its_keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far, 0);
             for (size_t r = 0; r < count; r++)
                 total[r] = softmax(scores + r * far, p + r * far, start + at + r + 1, seen * SIDE, scale);
-            for (size_t i = 0; i < d; i += SIDE) square(p, far, its_values + i * wide, seen, sum + i, d);
+            for (size_t i = 0; i < d; i += SIDE) square(p, far, its_values + i * wide, seen, sum + i, d, 0);
             for (size_t r = 0; r < count; r++)
                 for (size_t i = 0; i < d; i += SIDE)
 #pragma omp simd

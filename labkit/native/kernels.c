@@ -1,9 +1,11 @@
 /* Half a layer in one call, for the few rows of a decode step, which reads each weight once and is as fast as memory; and what stands
-   between the matrix products, for any number of rows; with it, where the processor has tile registers, attention of prompts (amx.h).
+   between the matrix products, for any number of rows. Where the processor has tile registers, products of many rows and attention
+   of prompts as well (amx.h).
 
-   Everything is computed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a
-   row is the same bits whatever rows are beside it. Threads are OpenMP's, from the pool that PyTorch's own operations use, so that
-   threads of two pools don't wait for each other's cores. It knows nothing of Python. */
+   Everything is summed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a row
+   is the same bits whatever rows are beside it, but that up to FEW and more may be rounded in different ways. Threads are OpenMP's,
+   from the pool that PyTorch's own operations use, so that threads of two pools don't wait for each other's cores. It knows nothing
+   of Python. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -73,7 +75,9 @@ INLINE float power(float x) {
     return series * scale;
 }
 
-enum { FOR_ROWS, FOR_SUMS, FOR_HEADS, FOR_TILES, USES };
+enum { FEW = 4 }; /* rows up to which a product in vectors is as fast as one by tiles, where the processor has them */
+
+enum { FOR_ROWS, FOR_SUMS, FOR_HEADS, FOR_TILES, FOR_HALVES, USES };
 
 /* Room for `count` numbers: this thread's, one for each use, kept from call to call. */
 static float *scratch(int use, size_t count) {
@@ -158,6 +162,10 @@ typedef struct { /* the MLP of one layer, as far as it is on this rank */
 #else
 int labkit_has_tiles(void) { return 0; }
 void labkit_piece(void) {}
+#define by_tiles(...) 0
+#define tiled_attention(...) (void)0
+#define tiled_mlp(...) (void)0
+#define tiled_linear(...) (void)0
 #endif
 
 /* -- what Python calls ---------------------------------------------------------------------------------------------------- */
@@ -167,18 +175,21 @@ void labkit_piece(void) {}
 /* y (rows, hidden): this rank's part of what attention adds to x (rows, hidden), norm included; one token of each sequence.
    k, v: the layer's cache (all blocks, size, kv_heads, width). */
 void labkit_attention(const Attention *a, const Step *s, const void *x, void *k, void *v, void *y) {
-    PICK(a->dtype, attention, a, s, x, k, v, y);
+    if (by_tiles(a->dtype, s->rows, a->hidden, a->width)) tiled_attention(a, s, x, k, v, y);
+    else PICK(a->dtype, attention, a, s, x, k, v, y);
 }
 
 /* y (rows, hidden): this rank's part of what the MLP adds to x (rows, hidden), norm included. */
 void labkit_mlp(const Mlp *m, size_t rows, int threads, const void *x, void *y) {
-    PICK(m->dtype, mlp, m, rows, threads, x, y);
+    if (by_tiles(m->dtype, rows, m->hidden, m->inner)) tiled_mlp(m, rows, threads, x, y);
+    else PICK(m->dtype, mlp, m, rows, threads, x, y);
 }
 
-/* y (rows, out) = x (rows, in) times w (out, in) transposed, plus bias (out,) unless NULL. */
-void labkit_linear(const void *x, const void *w, const void *bias, void *y, size_t rows, size_t in, size_t out, int dtype,
+/* y (rows, out) = x (rows, in) times w (out, in) transposed, plus bias (out,) unless NULL; y in float32 if `wide`. */
+void labkit_linear(const void *x, const void *w, const void *bias, void *y, int wide, size_t rows, size_t in, size_t out, int dtype,
                    int threads) {
-    PICK(dtype, single_linear, x, w, bias, y, rows, in, out, threads);
+    if (by_tiles(dtype, rows, in, out)) tiled_linear(x, NULL, 0, w, bias, y, wide, rows, in, out, threads);
+    else PICK(dtype, single_linear, x, w, bias, y, wide, rows, in, out, threads);
 }
 
 /* y (rows, width) = x / sqrt(mean of x^2 + eps) * weight (width,). */

@@ -207,11 +207,12 @@ static void NAME(mlp)(const Mlp *m, size_t rows, int threads, const T *x, T *y) 
     NAME(narrow_all)(sum, y, rows * m->hidden);
 }
 
-static void NAME(single_linear)(const T *x, const T *w, const T *bias, T *y, size_t rows, size_t in, size_t out, int threads) {
-    float *wide = scratch(FOR_ROWS, rows * in), *sum = scratch(FOR_SUMS, rows * out);
-    NAME(widen)(x, wide, rows * in);
-    NAME(linear)(wide, w, bias, sum, rows, in, out, threads);
-    NAME(narrow_all)(sum, y, rows * out);
+static void NAME(single_linear)(const T *x, const T *w, const T *bias, void *y, int wide, size_t rows, size_t in, size_t out,
+                                int threads) {
+    float *values = scratch(FOR_ROWS, rows * in), *sum = wide ? y : scratch(FOR_SUMS, rows * out);
+    NAME(widen)(x, values, rows * in);
+    NAME(linear)(values, w, bias, sum, rows, in, out, threads);
+    if (!wide) NAME(narrow_all)(sum, y, rows * out);
 }
 
 static void NAME(rms_norm)(const T *x, const T *weight, T *y, size_t rows, size_t width, float eps, int threads) {

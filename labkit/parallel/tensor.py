@@ -69,7 +69,8 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """(B, hidden) -> logits (B, this rank's part of the vocabulary). What to do with the parts is the sampler's choice."""
+    """(B, hidden) -> logits (B, this rank's part of the vocabulary), in float32, since bfloat16's often tie: 25 and the next
+    number are an eighth apart. What to do with the parts is the sampler's choice."""
 
     def __init__(self, weight: nn.Parameter, vocab: int, comm: Comm) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class VocabParallelHead(nn.Module):
         self.comm = comm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+        return linear(x, self.weight, wide=True)
 
     def argmax(self, scores: torch.Tensor) -> torch.Tensor:
         """Ids (B,) of the highest score over the whole vocabulary, from each rank's part (B, part).
