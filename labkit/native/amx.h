@@ -4,7 +4,7 @@
    is small. What comes out are columns of y, so a SwiGLU's results are, but for rounding, the tiles of the next product. */
 
 #define AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
-enum { SIDE = 32, SQUARE = SIDE * SIDE }; /* what eight tiles compute at once: (32, 32) of 32-long rows and columns */
+enum { SIDE = 32, SQUARE = SIDE * SIDE, AHEAD = 3 }; /* eight tiles compute (32, 32) at once, of 32-long rows and columns */
 
 /* Whether this processor has tiles and the system lets this process use them. */
 int labkit_has_tiles(void) {
@@ -27,13 +27,16 @@ AMX INLINE void start_tiles(void) {
 }
 
 /* sum (32, 32), of rows `width` apart, = a (32, 32 steps), of rows `stride` apart, times b (steps, 2, 16, 16, 2): for each 32 rows
-   of the right side and each 16 of its columns a tile, in which two rows are side by side. With `fetch`, a is fetched from memory
-   two steps ahead. */
-AMX INLINE void square(const bf16 *a, size_t stride, const bf16 *b, size_t steps, float *sum, size_t width, int fetch) {
+   of the right side and each 16 of its columns a tile, in which two rows are side by side. Unless NULL, `next` is what will
+   be `a` next: both are then fetched from memory, AHEAD steps before they are used. */
+AMX INLINE void square(const bf16 *a, size_t stride, const bf16 *b, size_t steps, float *sum, size_t width,
+                   const bf16 *next) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (size_t k = 0; k < steps; k++, a += SIDE, b += SQUARE) {
-        if (fetch)
-            for (size_t i = 0; i < SIDE; i++) __builtin_prefetch(a + i * stride + 2 * SIDE, 0, 3);
+        if (next) {
+            const bf16 *ahead = k + AHEAD < steps ? a + AHEAD * SIDE : next + (k + AHEAD - steps) * SIDE;
+            for (size_t i = 0; i < SIDE; i++) __builtin_prefetch(ahead + i * stride, 0, 3);
+        }
         _tile_loadd(4, a, 2 * stride);
         _tile_loadd(6, b, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -108,7 +111,7 @@ AMX static void multiply(const bf16 *tiles, const bf16 *w, const bf16 *bias, voi
     for (size_t o = 0; o < out; o += SIDE)
         for (size_t first = 0; first < rows; first += SIDE) {
             float sum[SQUARE] __attribute__((aligned(64)));
-            square(w + o * in, in, tiles + first * in, in / SIDE, sum, SIDE, first == 0);
+            square(w + o * in, in, tiles + first * in, in / SIDE, sum, SIDE, first ? NULL : w + (o + SIDE) * in);
             for (size_t part = 0; part < 4; part++) {
                 size_t row = first + part % 2 * 16, at = o + part / 2 * 16;
                 const float *its = sum + part / 2 * SQUARE / 2 + part % 2 * 16;
@@ -182,8 +185,10 @@ AMX static void tiled_mlp(const Mlp *m, size_t rows, int threads, const bf16 *x,
             for (size_t o = 0; o < inner; o += SIDE)
                 for (size_t first = 0; first < count; first += SIDE) {
                     float sum[2 * SQUARE] __attribute__((aligned(64)));
-                    square(gate + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum, SIDE, first == 0);
-                    square(up + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum + SQUARE, SIDE, first == 0);
+                    square(gate + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum, SIDE,
+                           first ? NULL : up + o * hidden);
+                    square(up + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum + SQUARE, SIDE,
+                           first ? NULL : gate + (o + SIDE) * hidden);
                     gated_tile(sum, sum + SQUARE, gate_bias ? gate_bias + o : NULL, gate_bias ? up_bias + o : NULL,
                                between + first * inner + o * SIDE);
                 }
@@ -263,10 +268,10 @@ AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t row
             float total[SIDE];
             memset(q, 0, SIDE * d * sizeof(bf16));
             for (size_t r = 0; r < count; r++) memcpy(q + r * d, qkv + (from + at + r) * each + h * d, d * sizeof(bf16));
-            for (size_t c = 0; c < seen; c++) square(q, d, its_keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far, 0);
+            for (size_t c = 0; c < seen; c++) square(q, d, its_keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far, NULL);
             for (size_t r = 0; r < count; r++)
                 total[r] = softmax(scores + r * far, p + r * far, start + at + r + 1, seen * SIDE, scale);
-            for (size_t i = 0; i < d; i += SIDE) square(p, far, its_values + i * wide, seen, sum + i, d, 0);
+            for (size_t i = 0; i < d; i += SIDE) square(p, far, its_values + i * wide, seen, sum + i, d, NULL);
             for (size_t r = 0; r < count; r++)
                 for (size_t i = 0; i < d; i += SIDE)
 #pragma omp simd
