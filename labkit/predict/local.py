@@ -42,7 +42,8 @@ from labkit.predict.shape import WEIGHT_BYTES, shape_of, stages
 # Amounts of what has a price; the seconds of all together; the seconds of the step that they are a part of.
 Point = tuple[Mapping[str, float], float, float]
 
-BATCHES = (1, 2, 4, 8)  # sequences of each replica
+BATCHES = (1, 2, 4, 8, 32)  # sequences of each replica
+FEW = 8  # of them, where contexts are long
 SHORT, LONG = 16, 768  # tokens of prompts before a decode: where contexts hardly count, and where they do
 PROMPTS = (256, 768)  # tokens of a prefill
 TOKENS, REPEATS = 24, 3
@@ -243,7 +244,7 @@ def _file() -> Path:
 
 def _machine() -> str:
     """What the constants are of, and which: what another version has kept is measured again."""
-    names = " ".join(Constants.__dataclass_fields__)
+    names = " ".join((*Constants.__dataclass_fields__, *map(str, BATCHES)))
     return f"{machine('cpu')}, torch {torch.__version__}, kernels {os.environ.get('LABKIT_KERNELS', 'C')}: {names}"
 
 
@@ -316,7 +317,7 @@ def _serve(model: str, setting: Setting, dtype: str, *, large: bool) -> tuple[di
     with LLM(
         f"random:{model}", tensor_parallel_size=setting.tp, data_parallel_size=setting.busy, threads=setting.threads,
         dtype=dtype, max_model_len=max(LONG, *PROMPTS) + TOKENS, max_num_seqs=BATCHES[-1],
-        max_num_batched_tokens=BATCHES[-1] * LONG,
+        max_num_batched_tokens=FEW * LONG,
     ) as llm:  # fmt: skip
 
         def run(sequences: int, prompt: int, tokens: int, figure: str, repeats: int) -> float:
@@ -332,7 +333,7 @@ def _serve(model: str, setting: Setting, dtype: str, *, large: bool) -> tuple[di
         if not large:
             return short, {}, {}
         # Most of the time of long contexts is their prefill: once is enough.
-        long = {n: run(n * setting.busy, LONG, TOKENS, "itl_ms", 1) for n in (BATCHES[0], BATCHES[-1])}
+        long = {n: run(n * setting.busy, LONG, TOKENS, "itl_ms", 1) for n in (1, FEW)}
         return short, long, {prompt: run(setting.busy, prompt, 1, "ttft_ms", REPEATS) for prompt in PROMPTS}
 
 
