@@ -75,7 +75,7 @@ INLINE float power(float x) {
     return series * scale;
 }
 
-enum { FEW = 4 }; /* rows up to which a product in vectors is as fast as one by tiles, where the processor has them */
+enum { FEW = 2 }; /* rows up to which a product in vectors is as fast as one by tiles, where the processor has them */
 
 enum { FOR_ROWS, FOR_SUMS, FOR_HEADS, FOR_TILES, FOR_HALVES, USES };
 
