@@ -40,12 +40,13 @@ def test_amounts_and_times_give_prices() -> None:
 
 
 def test_prices_between_and_beyond_what_was_measured() -> None:
-    known = Constants("today", "bfloat16", 0, 0, 0, [500, 2000], [8, 4], [[0, 0], [2, 1], [4, 2], [12, 6]], 0, 0, 0, 0)
+    byte = [[0, 0], [2, 1], [4, 2], [12, 6], [36, 18]]
+    known = Constants("today", "bfloat16", 0, 0, 0, [500, 2000], [8, 4], byte, 0, 0, 0, 0)
     assert known.of_a_byte(1, 500, 2) == 4 and known.of_a_byte(8, 2000, 2) == 8
     assert known.of_a_byte(3, 500, 2) == 7  # between 2 and 4 tokens
     assert known.of_a_byte(1, 1000, 2) == pytest.approx(3)  # half way, in logarithms
     assert known.of_a_byte(1, 100, 2) == 4 and known.of_a_byte(1, 9000, 2) == 2
-    assert known.of_a_byte(16, 500, 2) == 32  # twice as many tokens as were measured
+    assert known.of_a_byte(64, 500, 2) == 80  # twice as many tokens as were measured
     assert known.of_a_byte(4, 500, 1) == 12  # half the bandwidth: twice as long for the reading, not for the rest
 
 
