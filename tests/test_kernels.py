@@ -1,6 +1,7 @@
 """The operations in C against PyTorch's, on random sizes; and a decoder with them against one without."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -54,6 +55,13 @@ def test_norm_and_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
     both = randn(rows, 2 * width, dtype=dtype) * 30
     gate, up = both.double().chunk(2, dim=1)
     assert distance(kernels.swiglu(both), F.silu(gate) * up) < BOUND[dtype]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 needs_tiles = pytest.mark.skipif(not kernels.has_tiles(), reason="the processor has no tile registers (AMX)")

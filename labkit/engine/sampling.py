@@ -15,7 +15,8 @@ from labkit.parallel.tensor import VocabParallelHead
 
 def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParallelHead) -> torch.Tensor:
     """Ids (B,) for logits (B, this rank's part of the vocabulary) in float32, the same on every tp rank.
-    The logits are overwritten where requests ask for more than the largest.
+
+    Overwrites the logits where requests ask for more than the largest.
 
     If any request wants log probabilities, float64 rows (B, 2 + 2k) instead: id, its log probability, the k likeliest ids,
     theirs; of the model's own distribution, before temperature and penalties, as in vLLM.

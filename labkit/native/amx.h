@@ -89,14 +89,9 @@ AMX static void lay_out(const bf16 *x, const bf16 *norm, float eps, size_t rows,
         size_t first = n * 16 < rows ? n * 16 : rows - 1, count = rows - first < 16 ? rows - first : 16;
         const bf16 *from = x + first * in;
         if (norm) {
-            float *row = scratch(FOR_ROWS, in + 16 * in / 2);
-            bf16 *rounded = (bf16 *)(row + in);
-            for (size_t r = 0; r < count; r++) {
-                widen_bf16(from + r * in, row, in);
-                norm_bf16(row, norm, in, eps);
-                narrow_all_bf16(row, rounded + r * in, in);
-            }
-            from = rounded;
+            bf16 *normed = (bf16 *)scratch(FOR_SUMS, 16 * in / 2);
+            rms_norm_bf16(from, norm, normed, count, in, eps, 1);
+            from = normed;
         }
         for (size_t k = 0; k < steps; k++)
             columns(from + k * SIDE, in, count, tiles + (n / 2 * steps + k) * SQUARE + n % 2 * SQUARE / 2);
@@ -153,14 +148,16 @@ AMX static void tiled_linear(const bf16 *x, const bf16 *norm, float eps, const b
     }
 }
 
-/* silu(gate) * up of 32 features of 32 rows, as a tile of the product that comes next. gate, up: (32 features, 32 rows). */
-AMX INLINE void gated_tile(const float *gate, const float *up, const bf16 *gate_bias, const bf16 *up_bias, bf16 *tile) {
+/* silu(gate) * up of 32 features of 32 rows, as a tile of the product that comes next. sums: gate, then up, (32 features, 32 rows)
+   each. bias: of these gates on, with those of up `inner` further; or NULL. */
+AMX INLINE void gated_tile(const float *sums, const bf16 *bias, size_t inner, bf16 *tile) {
     for (size_t feature = 0; feature < SIDE; feature += 2)
         for (size_t row = 0; row < SIDE; row += 16) {
             ints pair[2];
             for (size_t i = 0; i < 2; i++) {
-                vec g = load_f32(gate + (feature + i) * SIDE + row), u = load_f32(up + (feature + i) * SIDE + row);
-                if (gate_bias) g += wide_bf16(gate_bias[feature + i]), u += wide_bf16(up_bias[feature + i]);
+                const float *at = sums + (feature + i) * SIDE + row;
+                vec g = load_f32(at), u = load_f32(at + SQUARE);
+                if (bias) g += wide_bf16(bias[feature + i]), u += wide_bf16(bias[inner + feature + i]);
                 vec y = g / (1 + exp2_of(g * -1.44269504f)) * u;
                 pair[i] = (ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)y));
             }
@@ -172,8 +169,7 @@ AMX INLINE void gated_tile(const float *gate, const float *up, const bf16 *gate_
 /* y (rows, hidden): this rank's part of what the MLP adds to x (rows, hidden), norm included. */
 AMX static void tiled_mlp(const Mlp *m, size_t rows, int threads, const bf16 *x, bf16 *y) {
     size_t hidden = m->hidden, inner = m->inner, chunk = rows_at_once(hidden);
-    const bf16 *gate = m->gate_up, *up = gate + inner * hidden, *gate_bias = m->gate_up_bias;
-    const bf16 *up_bias = gate_bias ? gate_bias + inner : NULL;
+    const bf16 *gate = m->gate_up, *up = gate + inner * hidden, *bias = m->gate_up_bias;
     bf16 *tiles = (bf16 *)scratch(FOR_TILES, chunk * (hidden + inner) / 2), *between = tiles + chunk * hidden;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -189,8 +185,7 @@ AMX static void tiled_mlp(const Mlp *m, size_t rows, int threads, const bf16 *x,
                            first ? NULL : up + o * hidden);
                     square(up + o * hidden, hidden, tiles + first * hidden, hidden / SIDE, sum + SQUARE, SIDE,
                            first ? NULL : gate + (o + SIDE) * hidden);
-                    gated_tile(sum, sum + SQUARE, gate_bias ? gate_bias + o : NULL, gate_bias ? up_bias + o : NULL,
-                               between + first * inner + o * SIDE);
+                    gated_tile(sum, bias ? bias + o : NULL, inner, between + first * inner + o * SIDE);
                 }
             multiply(between, m->down, NULL, y + from * hidden, 0, count, inner, hidden);
         }
