@@ -103,7 +103,7 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself alone, and quickly found among others
 class Request:
     """One prompt on its way through the engine, to one output. `index` is its place among all outputs asked for."""
 
