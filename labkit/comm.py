@@ -249,21 +249,21 @@ class Comm:
 
     def broadcast(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> torch.Tensor:
         """`x` of the `source`-th rank of `axis`, written into `x` on the others, and returned."""
-        return self.broadcast_start(x, source, axis, what).wait()
-
-    def broadcast_start(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> Pending:
-        """`broadcast` that goes on while this rank works."""
-        if self.mesh.size(axis) == 1:
-            return Pending(lambda: x)
+        n = self.mesh.size(axis)
+        if n == 1:
+            return x
         src = self.mesh.peers(axis)[source]
         y = self._stage(x)
+        shared = self._shared("broadcast", axis, y)
 
-        def start(group: dist.ProcessGroup | None) -> dist.Work:
-            beside = self.mesh.group("pp_ids") if axis == "pp" else group
-            return dist.broadcast(y, src=src, group=beside, async_op=True)
+        def spread(group: dist.ProcessGroup | None) -> None:
+            if shared:
+                shared.broadcast(y, source)
+            else:
+                dist.broadcast(y, src=src, group=group)
 
-        wire = y.nbytes if src == self.rank else 0
-        return self._begin("broadcast", axis, what, y.nbytes, wire, start, lambda: _written(x, y))
+        self._do("broadcast", axis, what, y.nbytes, y.nbytes if src == self.rank else 0, spread)
+        return _written(x, y)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """`value` of every rank of the world, in rank order (pickled; for reports, not for tensors; not counted)."""
@@ -290,7 +290,7 @@ class Comm:
         dst = self.mesh.peers(axis)[to]
 
         def start(group: dist.ProcessGroup | None) -> Any:
-            return dist.isend(y, dst=dst, group=group)
+            return dist.isend(y, dst=dst, group=self._between(axis))
 
         work = self._do("send", axis, what, y.nbytes, y.nbytes, start, kind="start")
         self._sending.append((work, y))
@@ -300,17 +300,35 @@ class Comm:
 
         The time goes to the "send" of the same axis and kind; calls and bytes are the sender's.
         """
+        return self.recv_start(x, source, axis, what).wait()
+
+    def recv_start(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> Pending:
+        """`recv` that begins while this rank works: gloo's sender begins when it is expected. (NCCL's begins when waited for,
+        or it would keep a part of the GPU busy with waiting.)"""
         y = self._stage(x)
         src = self.mesh.peers(axis)[source]
+        work: dist.Work | None = None
 
-        def receive(group: dist.ProcessGroup | None) -> None:
+        def start(group: dist.ProcessGroup | None) -> None:
+            nonlocal work
+            work = dist.irecv(y, src=src, group=self._between(axis))
+
+        def land(group: dist.ProcessGroup | None) -> None:
             if self._on_device:
-                dist.recv(y, src=src, group=group)
-            elif work := dist.irecv(y, src=src, group=group):  # dist.recv would wait for ever on gloo's default group
+                dist.recv(y, src=src, group=self._between(axis))
+            elif work:
                 work.wait(timedelta(seconds=self.mesh.timeout))
 
-        self._do("recv", axis, what, y.nbytes, y.nbytes, receive, kind="recv")
-        return _written(x, y)
+        def finish() -> torch.Tensor:
+            self._do("recv", axis, what, y.nbytes, y.nbytes, land, kind="recv")
+            return _written(x, y)
+
+        if not self._on_device:
+            self._do("recv", axis, what, 0, 0, start, kind="uncounted")
+        return Pending(finish)
+
+    def _between(self, axis: str) -> dist.ProcessGroup | None:
+        return self.mesh.group("pp_hops" if axis == "pp" else axis)
 
     def flush(self, keep: int = 0) -> None:
         """Waits until everything sent has left, but for the last `keep` tensors. (gloo tells only who waits that one has.)"""

@@ -127,11 +127,11 @@ class Mesh:
         self.dp_rank, self.pp_rank, self.tp_rank = place["dp"], place["pp"], place["tp"]
         self._peers = {axis: layout.peers(self.rank, axis) for axis in (*AXES, "ep", "replica", "world")}
         self._groups: dict[str, dist.ProcessGroup | None] = {"world": dist.group.WORLD}
-        # The sampled ids go round on a group of their own ("pp_ids"): on the one that carries the hidden states, NCCL would
+        # What goes from stage to stage has a group of its own ("pp_hops"): on the one of the stages' collectives, NCCL would
         # make them wait for each other.
         several = ("replica",) if layout.dp > 1 else ()
         self._groups["replica"] = dist.group.WORLD
-        for name, axis in (*((axis, axis) for axis in (*AXES, "ep", *several)), ("pp_ids", "pp")):
+        for name, axis in (*((axis, axis) for axis in (*AXES, "ep", *several)), ("pp_hops", "pp")):
             # Every rank takes part in making every group, in the same order, or new_group waits for ever.
             for peers in sorted({tuple(layout.peers(r, axis)) for r in range(layout.world)}):
                 group = dist.new_group(list(peers), timeout=timedelta(seconds=timeout)) if len(peers) > 1 else None
@@ -145,7 +145,7 @@ class Mesh:
         return self._peers[axis]
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
-        """The process group along `axis`; also "pp_ids", a second one along "pp". None for a group of this rank alone."""
+        """The process group along `axis`; also "pp_hops", a second one along "pp". None for a group of this rank alone."""
         return self._groups[axis]
 
     def size(self, axis: str) -> int:

@@ -21,7 +21,7 @@ ALONE = 4000, 0  # a core each: some 100 us
 SLOT = 256 * 1024  # bytes of one message's chunk: two slots of each rank stay in a core's second-level cache
 ONE_SHOT = 16 * 1024  # bytes up to which each rank adds up everything itself: one meeting instead of two
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64)  # order: shm.c
-_OPS = {1: "all_reduce", 2: "all_gather", 3: "reduce_scatter", 4: "all_to_all"}
+_OPS = {1: "all_reduce", 2: "all_gather", 3: "reduce_scatter", 4: "all_to_all", 5: "broadcast"}
 
 
 @cache
@@ -37,6 +37,7 @@ def library() -> ctypes.CDLL | None:
             "size": (n, (i, n)), "open": (p, (i, i, i, n, d, i, i)), "tag": (ctypes.c_uint64, (p, i)),
             "all_reduce": (i, (p, p, n, i, n)), "all_gather": (i, (p, p, p, n)),
             "reduce_scatter": (i, (p, p, p, n, i)), "all_to_all": (i, (p, p, p, p, p, ctypes.c_uint64)),
+            "broadcast": (i, (p, p, n, i)),
         },
     )  # fmt: skip
 
@@ -131,6 +132,10 @@ class SharedMemory:
         send, recv = (self._sizes(*(n * row for n in rows)) for rows in (send_rows, recv_rows))
         done = self._lib.labkit_all_to_all(self._handle, x.data_ptr(), out.data_ptr(), send, recv, x.element_size())
         self._done(done)
+
+    def broadcast(self, x: torch.Tensor, source: int) -> None:
+        """`x` of the `source`-th rank, in place."""
+        self._done(self._lib.labkit_broadcast(self._handle, x.data_ptr(), x.nbytes, source))
 
     def _done(self, code: int) -> None:
         if code > 0:

@@ -59,31 +59,19 @@ def heads(query_heads: int, kv_heads: int, tp: int) -> list[HeadShare]:
     return shares
 
 
-def layers(n: int, pp: int, *, before: float = 0.0, after: float = 0.0) -> list[range]:
-    """`n` equal layers over `pp` pipeline stages so that the dearest stage is as cheap as can be.
-
-    `before` is what the first stage does besides its layers (the embedding) and `after` what the last one does (the
-    output head), in units of one layer's cost. Each stage gets at least one layer. Among splits with the same dearest
-    stage, the most even one is taken.
-    """
+def layers(n: int, pp: int) -> list[range]:
+    """`n` equal layers over `pp` pipeline stages, as evenly as can be; the later stages have one more, since the first has the
+    embedding too."""
     if not 1 <= pp <= n:
         raise LayoutError(f"pipeline_parallel_size={pp} does not fit {n} layers: use 1 to {n}")
+    return ranges([len(part) for part in reversed(even(n, pp))])
 
-    def cost(stage: int, count: int) -> float:
-        return count + (before if stage == 0 else 0.0) + (after if stage == pp - 1 else 0.0)
 
-    # best[k] = (dearest stage, sum of squares, layers per stage) for the first k layers on the stages so far
-    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
-    for stage in range(pp):
-        longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
-        for done, (worst, squares, counts) in best.items():
-            for count in range(1, n - done - (pp - 1 - stage) + 1):
-                c = cost(stage, count)
-                candidate = (max(worst, c), squares + c * c, (*counts, count))
-                if done + count not in longer or candidate < longer[done + count]:
-                    longer[done + count] = candidate
-        best = longer
-    return ranges(best[n][2])
+def vocabulary(n: int, tp: int, pp: int) -> list[list[range]]:
+    """Rows of an output head for `n` tokens over the tp ranks of all stages: [tp rank][stage]. A tp rank's are those of its part
+    of the embedding, which may be the same matrix."""
+    shares = ((share.start, even(len(share), pp)) for share in even(n, tp))
+    return [[range(start + part.start, start + part.stop) for part in parts] for start, parts in shares]
 
 
 # -- experts: a placement is a list of the expert numbers that each rank holds --------------------------------------------

@@ -85,12 +85,12 @@ class Faulty(Model):
             return _Trap(weights, self.strike)
         forward, steps = core.Engine._forward, []
 
-        def trap(engine: core.Engine, plan: core.Plan) -> Any:
+        def trap(engine: core.Engine, plan: core.Plan, *hidden: Any) -> Any:
             if engine.replica in plan:
                 steps.append("prefill" if plan[engine.replica].prefill else "decode")
             if steps.count(self.when) == 3:
                 self.strike(engine.comm)
-            return forward(engine, plan)
+            return forward(engine, plan, *hidden)
 
         core.Engine._forward = trap  # type: ignore[method-assign]
         return weights

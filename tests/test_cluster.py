@@ -158,9 +158,9 @@ def test_groups_across_hosts_cost_what_was_foretold_and_warn(served: tuple[dict[
     """SmolLM2-135M: 30 layers of hidden size 576, two all-reduces each and one of the embedding, in bfloat16."""
     inside, across = served[0]["rows"]
     row, ranks = 576 * 2, 2
-    stages = ranks * row + ranks * 8  # hidden states forward, the sampled id back
+    stages = ranks * 2 * row + ranks * 2 * 16  # hidden states forward, those for the head back, two numbers both ways
     assert inside["measured_bytes"] == inside["predicted_bytes"] == stages
-    logits = ranks * 16  # a number and an id of each
+    logits = 2 * ranks * 16  # a number and an id of each, on each stage
     assert across["measured_bytes"] == across["predicted_bytes"] == ranks * row * 61 + logits
     assert across["same_tokens"] and inside["link"] is None
     assert [rank["shared_memory"] for rank in across["ranks"]] == [["pp"] if library() else []] * 4

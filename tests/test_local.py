@@ -57,8 +57,8 @@ def test_rows_and_bytes_are_the_decoders(tp: int, monkeypatch: pytest.MonkeyPatc
     cfg = ModelConfig.from_dict(SHAPES["tinyllama-1.1b"])
     work = at.work(0, 1, 1, 100, 100)
     heads = (cfg.heads + 2 * cfg.kv_heads) * cfg.head_dim // tp
-    assert work.rows == cfg.layers * (heads + cfg.hidden + 2 * cfg.intermediate // tp + cfg.hidden) + cfg.vocab // tp
-    assert work.read == 2 * (cfg.layers * cfg.layer_params + cfg.vocab * cfg.hidden) / tp
+    assert work.rows == cfg.layers * (heads + cfg.hidden + 2 * cfg.intermediate // tp + cfg.hidden)
+    assert work.read == 2 * cfg.layers * cfg.layer_params / tp and at.head_read == 2 * cfg.vocab * cfg.hidden / tp
     assert work.kv == cfg.layers * 2 * cfg.kv_heads // tp * cfg.head_dim * 2 * 100
     odd = local.deployment("smollm2-135m", Layout(), Load(dtype="bfloat16"))  # 3 KV heads over the threads of one rank
     threads = odd.setting.threads

@@ -88,7 +88,7 @@ def test_questions_with_known_answers() -> None:
     assert row_of(on_four, "tp=2 x pp=2")["tpot_ms"] > on_four["recommended"]["tpot_ms"]
     three_ways = [words(row["layout"]) for row in fitting(plan("gpt-3-175b", "a100-80gb", gpus=8, batch=4))]
     assert three_ways == ["tp=8", "tp=4 x pp=2", "tp=2 x pp=4", "pp=8"]
-    small = plan("llama-3.1-8b", "h100-sxm", gpus=8, batch=256, objective="throughput")
+    small = plan("llama-3.2-1b", "h100-sxm", gpus=8, batch=256, objective="throughput")
     assert best(small) == "dp=8"  # it fits on one: nothing to send
     assert "each of 8 replicas reads all weights" in small["recommended"]["reason"]
     # Links as slow as a network's: stages send one tensor for each token, tensor-parallel ranks two for each layer.

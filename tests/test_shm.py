@@ -63,6 +63,7 @@ def all_operations(comm: Comm) -> list[torch.Tensor]:
         out.append(comm.all_gather(ones(torch.float32, size, 2, seed=me)))
         out.append(comm.reduce_scatter(ones(torch.int64, n * size, 3, seed=me)))
         out.append(comm.all_reduce(ones(torch.int32, size, seed=me)))
+        out.append(comm.broadcast(ones(torch.float16, size, 2, seed=me), size % n))
         send = [(me + 2 * r) % 3 * size for r in range(n)]
         recv = [(r + 2 * me) % 3 * size for r in range(n)]
         out.append(comm.all_to_all(ones(torch.bfloat16, sum(send), 2, seed=me), send, recv))

@@ -48,22 +48,22 @@ def test_too_many_ranks_for_the_heads_names_the_legal_values(tp: int) -> None:
         split.heads(9, 3, tp)
 
 
-@given(st.integers(1, 9), st.data(), st.floats(0, 5), st.floats(0, 12))
-def test_layers_have_the_cheapest_dearest_stage(n: int, data: st.DataObject, before: float, after: float) -> None:
+@given(st.integers(1, 200), st.data())
+def test_layers_are_shared_out_evenly_the_last_stages_first(n: int, data: st.DataObject) -> None:
     pp = data.draw(st.integers(1, n))
-    shares = split.layers(n, pp, before=before, after=after)
+    shares = split.layers(n, pp)
     assert [i for share in shares for i in share] == list(range(n))
+    sizes = [len(share) for share in shares]
+    assert sizes == sorted(sizes) and sizes[-1] - sizes[0] <= 1
 
-    def dearest(sizes: list[int]) -> float:
-        costs = [float(s) for s in sizes]
-        costs[0] += before
-        costs[-1] += after
-        return max(costs)
 
-    every_split = [
-        [b - a for a, b in zip((0, *cut), (*cut, n), strict=True)] for cut in combinations(range(1, n), pp - 1)
-    ]
-    assert dearest([len(s) for s in shares]) == pytest.approx(min(dearest(sizes) for sizes in every_split))
+@given(st.integers(0, 500), st.integers(1, 9), st.integers(1, 9))
+def test_every_row_of_the_head_is_on_one_rank_which_has_its_embedding(n: int, tp: int, pp: int) -> None:
+    shares = split.vocabulary(n, tp, pp)
+    assert [i for shard in shares for part in shard for i in part] == list(range(n))
+    for shard, rows in zip(shares, split.even(n, tp), strict=True):
+        assert len(shard) == pp and sum(map(len, shard)) == len(rows)
+        assert max(map(len, shard)) - min(map(len, shard)) <= 1
 
 
 def test_layers_refuse_more_stages_than_layers() -> None:

@@ -25,7 +25,7 @@ from tokenizers.decoders import DecodeStream
 from labkit.comm import Comm, Pending, Tally
 from labkit.engine.graphs import DecodeGraphs
 from labkit.engine.requests import Abort, Message, Progress, Request, Token
-from labkit.engine.sampling import empty, sample
+from labkit.engine.sampling import sample
 from labkit.engine.scheduler import Scheduler, Step
 from labkit.launch.rank import Channel
 from labkit.model.checkpoint import fill
@@ -144,10 +144,13 @@ class Engine:
         queued: dict[int, float] = {}
         self._admit(schedulers, requests)
         arrived |= {request.index: 0.0 for request in own.waiting}
-        flying: dict[int, tuple[Plan, Pending]] = {}
+        # The step planned at this tick, at the one before, ...: as many as there are stages, each of which has one of them.
+        steps: deque[Plan] = deque([{}] * self.lanes, self.lanes)
+        stage = self.comm.mesh.pp_rank
+        hidden: Pending | None = None  # from the stage before
         tick = 0
-        while flying or inbox or not all(scheduler.done for scheduler in schedulers.values()):
-            idle = not flying and all(scheduler.done for scheduler in schedulers.values())
+        while any(steps) or inbox or not all(scheduler.done for scheduler in schedulers.values()):
+            idle = not any(steps) and all(scheduler.done for scheduler in schedulers.values())
             for message in inbox.next(idle) if inbox else ():
                 now = time.perf_counter() - began
                 if message is None:
@@ -161,13 +164,26 @@ class Engine:
                     self._admit(schedulers, message)
                     arrived |= {r.index: now for r in message if r.index % self.comm.mesh.layout.dp == self.replica}
             lane = tick % self.lanes
-            if lane in flying:
-                plan, pending = flying.pop(lane)
-                sampled = pending.wait()
+            plan = {replica: planned for replica, s in schedulers.items() if (planned := s.next_step(lane))}
+            steps.appendleft(plan)
+            if self.options.debug:
+                self._agree(tick, plan)
+            if mine := plan.get(self.replica):
+                counts.ticks = tick + 1
+                self._count(mine)
+                for request in mine.requests:
+                    queued.setdefault(request.index, time.perf_counter() - began - arrived[request.index])
+            # What comes for the next tick is awaited from now on, so that it can arrive meanwhile.
+            later = self._expect(steps[stage - 1]) if stage else None
+            y = self._forward(steps[stage], hidden) if steps[stage] else None
+            hidden, tick = later, tick + 1
+            if plan := steps[-1]:  # the last stage has done its layers
+                steps[-1] = {}
+                sampled = self._choose(plan, y)
                 self.comm.flush(keep=2 * self.lanes)
                 ids = self._ids(plan, sampled)
                 for replica, step in plan.items():
-                    schedulers[replica].commit(lane, step, ids[replica])
+                    schedulers[replica].commit(tick % self.lanes, step, ids[replica])
                 now = time.perf_counter() - began
                 if (step := plan.get(self.replica, Step())).sampled:
                     rows = zip(step.sampled, self._look(sampled), strict=True)
@@ -179,17 +195,6 @@ class Engine:
                     yield Progress(
                         tokens, self.replica, own.in_flight, len(own.waiting), used, own.blocks, own.preemptions
                     )
-            plan = {replica: planned for replica, s in schedulers.items() if (planned := s.next_step(lane))}
-            if self.options.debug:
-                self._agree(tick, plan)
-            if mine := plan.get(self.replica):
-                counts.ticks = tick + 1
-                self._count(mine)
-                for request in mine.requests:
-                    queued.setdefault(request.index, time.perf_counter() - began - arrived[request.index])
-            if plan:
-                flying[lane] = (plan, self._forward(plan))
-            tick += 1
         self.comm.flush()
         if self.graphs:
             self.graphs.settle()
@@ -202,20 +207,37 @@ class Engine:
         for replica, scheduler in schedulers.items():
             scheduler.add(r for r in requests if r.index % self.comm.mesh.layout.dp == replica)
 
-    def _forward(self, plan: Plan) -> Pending:
-        """This stage's part of a step; the ids that the last stage samples are on their way to all stages of the replica."""
+    def _expect(self, plan: Plan) -> Pending | None:
+        """The residual that the stage before is going to send for a step."""
+        step = plan.get(self.replica) or Step()
+        return pipeline.expect(self.comm, self.decoder, sum(map(len, step.tokens))) if plan else None
+
+    def _forward(self, plan: Plan, hidden: Pending | None) -> torch.Tensor:
+        """This stage's layers in a step: the residual (N, hidden), or of the last stage what the head makes logits of."""
         step = plan.get(self.replica) or Step()
         self._set_phase(plan)
-        ids = torch.tensor([i for tokens in step.tokens for i in tokens], dtype=torch.int64, device=self.comm.device)
-        x = pipeline.receive(self.comm, ids, self.decoder)
+        if hidden:
+            x = hidden.wait()
+        else:
+            ids = [i for tokens in step.tokens for i in tokens]
+            x = torch.tensor(ids, dtype=torch.int64, device=self.comm.device)
         parts = overlap.cut(step.tokens, step.starts, step.tables, step.ends, self.options.overlap)
         replicas = [sum(map(len, plan[r].tokens)) if r in plan else 0 for r in self.followed] if self.together else None
         if self.graphs and self.graphs.takes(parts):
             y = self.graphs.forward(x, parts[0])
         else:
             y = overlap.forward(self.comm, self.decoder, self.cache, x, parts, replicas)
-        chosen = sample(y, step.sampled, self.decoder.head) if self.decoder.last and any(step.ends) else None
-        return pipeline.pass_on(self.comm, y, chosen, empty(step.sampled, self.comm.device))
+        pipeline.pass_on(self.comm, y)
+        return y
+
+    def _choose(self, plan: Plan, y: torch.Tensor | None) -> torch.Tensor:
+        """What `sample` gives for a step, on all ranks of the replica. y: on the last stage what `_forward` made of it."""
+        step = plan.get(self.replica) or Step()
+        if not step.sampled:
+            return torch.empty(0, dtype=torch.int64, device=self.comm.device)
+        self._set_phase(plan)
+        rows = pipeline.share(self.comm, self.decoder, y, len(step.sampled))
+        return sample(self.decoder.head(rows), step.sampled, self.decoder.head)
 
     def _ids(self, plan: Plan, sampled: torch.Tensor) -> dict[int, list[int]]:
         """The sampled ids of each replica that this rank follows."""
@@ -334,43 +356,28 @@ class Inbox:
     """What comes in while an engine runs, on all ranks that take steps together at the same tick.
 
     Each rank has a line of its own to the launcher, and messages arrive in the same order but not at the same time. So one
-    rank says how many it has seen, and the others wait for as many. In a pipeline that word travels while `lanes` ticks go by;
-    ranks without stages, in lockstep, have it at once.
+    rank says how many it has seen, and the others wait for as many.
     """
 
     def __init__(self, channel: Channel, engine: Engine) -> None:
-        self.channel, self.comm, self.lanes = channel, engine.comm, engine.lanes
+        self.channel, self.comm = channel, engine.comm
         self.axis = "replica" if engine.comm.mesh.layout.dp > 1 and not engine.together else "world"
         self.received: deque[Message] = deque()
         self.taken = 0
-        self.words: deque[Pending] = deque()  # on their way
 
     def next(self, idle: bool) -> list[Message]:
         """The messages to take in at this tick. If the engine is `idle`, waits for one."""
         while self.channel.waiting():
             self.received.append(self.channel.receive())
-        if idle:
-            self._drain()
-            return self._take(self.taken + 1)
-        word = torch.tensor([self.taken + len(self.received)], device=self.comm.device)
-        if self.lanes == 1:
-            return self._take(int(self.comm.all_gather(word, self.axis, "plan")[0]))
-        self.words.append(self.comm.broadcast_start(word, 0, self.axis, "plan"))
-        return self._take(int(self.words.popleft().wait()) if len(self.words) > self.lanes else self.taken)
-
-    def _take(self, count: int) -> list[Message]:
-        """The messages up to the `count`-th since the start that have not been taken yet."""
+        count = self.taken + 1
+        if not idle:
+            word = torch.tensor([self.taken + len(self.received)], device=self.comm.device)
+            count = int(self.comm.all_gather(word, self.axis, "plan")[0])
         messages: list[Message] = []
         while self.taken < count:
             messages.append(self.received.popleft() if self.received else self.channel.receive())
             self.taken += 1
-        if None in messages:
-            self._drain()
         return messages
-
-    def _drain(self) -> None:
-        while self.words:
-            self.words.popleft().wait()
 
 
 def _peak_rss() -> int:

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits that are spread over the tensor-parallel ranks by vocabulary.
+"""Choosing the next token from logits that are spread over the ranks of a replica by vocabulary.
 
 Sampling is an argmax: adding Gumbel noise to logits / temperature and taking the largest is a draw from their softmax
 (the Gumbel-max trick). Noise is made for the whole vocabulary from (seed, position), and each rank uses its part, so the
@@ -14,7 +14,7 @@ from labkit.parallel.tensor import VocabParallelHead
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParallelHead) -> torch.Tensor:
-    """Ids (B,) for logits (B, this rank's part of the vocabulary) in float32, the same on every tp rank.
+    """Ids (B,) for logits (B, this rank's part of the vocabulary) in float32, the same on every rank.
 
     Overwrites the logits where requests ask for more than the largest.
 
@@ -22,7 +22,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParalle
     theirs; of the model's own distribution, before temperature and penalties, as in vLLM.
     """
     params = [request.params for request in requests]
-    wanted = _logprobs(requests)
+    wanted = max((p.logprobs for p in params if p.logprobs is not None), default=None)
     logprobs = head.gather(logits).log_softmax(-1) if wanted is not None else None
     if any(p.penalises for p in params):
         for row, request in zip(logits, requests, strict=True):
@@ -35,23 +35,11 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], head: VocabParalle
     return torch.cat([part.double() for part in (ids.unsqueeze(1), own, top.indices, top.values)], dim=1)
 
 
-def empty(requests: Sequence[Request], device: torch.device) -> torch.Tensor:
-    """Room for what `sample` gives for `requests`."""
-    wanted = _logprobs(requests)
-    if wanted is None:
-        return torch.empty(len(requests), dtype=torch.int64, device=device)
-    return torch.empty(len(requests), 2 + 2 * wanted, dtype=torch.float64, device=device)
-
-
-def _logprobs(requests: Sequence[Request]) -> int | None:
-    return max((r.params.logprobs for r in requests if r.params.logprobs is not None), default=None)
-
-
 def _draw(scores: torch.Tensor, requests: Sequence[Request], head: VocabParallelHead) -> torch.Tensor:
     restricted = any(request.params.restricts for request in requests)
     # Which tokens are in the top p or k is a question about the whole row.
     scores = head.gather(scores) if restricted else scores
-    vocab = head.parts[-1].stop
+    vocab = head.parts[-1][-1].stop
     for row, request in zip(scores, requests, strict=True):
         p = request.params
         if p.greedy:

@@ -37,8 +37,8 @@ def sweep(
 
     Args:
         ops: of `OPS`, or "ring", "one-shot", "two-shot" (`labkit.parallel.all_reduce`).
-        paths: "shared memory" and "sockets" (between GPUs symmetric memory, and NCCL under its own name). Sends
-            and broadcasts always take the sockets, and so does all with a link.
+        paths: "shared memory" and "sockets" (between GPUs symmetric memory, and NCCL under its own name). Sends always
+            take the sockets, and so does all with a link.
         seconds: how long to repeat each point, after a warm-up; at least 7 calls.
 
     Returns a row for each point: op, ranks, path, bytes, calls, median_us, p95_us, algbw_gb_s, busbw_gb_s, oversubscribed,
@@ -53,7 +53,7 @@ def sweep(
     rows = []
     for n in ranks:
         for path in paths if link is None else ["sockets"]:
-            those = [op for op in ops if path == "sockets" or op not in ("broadcast", "send_recv", "ring")]
+            those = [op for op in ops if path == "sockets" or op not in ("send_recv", "ring")]
             with RankGroup(
                 _measure, n, args=(those, tuple(sizes), seconds, link), threads=1, link=link,
                 shared_memory=path == "shared memory", collective_timeout=60,

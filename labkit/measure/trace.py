@@ -56,7 +56,7 @@ def _all_here(rank: int, events: Sequence[Sequence[Event]], layout: Layout) -> I
     times: dict[tuple[int, str, bool], list[float]] = defaultdict(list)
     for r, theirs in enumerate(events):
         for event in theirs:
-            if event.kind == "call" or event.op == "send":
+            if event.op == "send" or (event.kind == "call" and event.op != "recv"):
                 times[r, event.axis, event.op == "send"].append(event.began)
     seen: dict[tuple[str, bool], int] = defaultdict(int)
     for event in events[rank]:

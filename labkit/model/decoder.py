@@ -20,17 +20,6 @@ from labkit.parallel.expert import MoE, Spread
 from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 
 
-def stage_layers(cfg: ModelConfig, pp: int) -> list[range]:
-    """Layers of each pipeline stage, balanced by the weight bytes that their steps read.
-
-    A decode step reads the whole output head, as much as several layers (8 of SmolLM2's); a step of prefill computes it for a
-    prompt's last token only, and what else layers do has no part in the head. So it counts half. Of the embedding a step
-    reads one row.
-    """
-    head = cfg.vocab * cfg.hidden / cfg.layer_params
-    return split.layers(cfg.layers, pp, before=cfg.hidden / cfg.layer_params, after=head / 2)
-
-
 def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
     """Raises LayoutError, naming the legal values, if the model can't be cut this way."""
     split.heads(cfg.heads, cfg.kv_heads, layout.tp)
@@ -121,7 +110,7 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """This rank's part. First stage: token ids in; others: the residual (N, hidden) of the stage before.
 
-    Last stage: logits out, (B, this rank's part of the vocabulary) for each sequence's last token; others: the residual.
+    Last stage: each sequence's last token out, (B, hidden), normed, which the `head` makes logits of; others: the residual.
     A forward yields at each communication point (`parallel.overlap` says who goes on from there).
     """
 
@@ -132,20 +121,21 @@ class Decoder(nn.Module):
         device = mesh.device
         self.cfg, self.dtype = cfg, dtype
         self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.layout.pp - 1
-        numbers = stage_layers(cfg, mesh.layout.pp)[mesh.pp_rank]
-        rows = split.even(cfg.vocab, mesh.layout.tp)[mesh.tp_rank]
-        embedding = Piece("model.embed_tokens.weight", (cfg.vocab, cfg.hidden), 0, rows)
+        numbers = split.layers(cfg.layers, mesh.layout.pp)[mesh.pp_rank]
+        table, whole = "model.embed_tokens.weight", (cfg.vocab, cfg.hidden)
         if self.first:
-            self.embed = VocabParallelEmbedding(embedding, comm, dtype, device)
+            rows = split.even(cfg.vocab, mesh.layout.tp)[mesh.tp_rank]
+            self.embed = VocabParallelEmbedding(Piece(table, whole, 0, rows), comm, dtype, device)
         self.rope = Rotary(cfg, device)
         self.layers = nn.ModuleList(Layer(cfg, i, comm, spread, dtype, device) for i in numbers)
         if self.last:
             self.norm = norm_weight("model.norm.weight", cfg.hidden, dtype, device)
-            shared = cfg.tied and self.first
-            piece = embedding if cfg.tied else Piece("lm_head.weight", (cfg.vocab, cfg.hidden), 0, rows)
-            self.head = VocabParallelHead(
-                self.embed.weight if shared else parameter([piece], dtype, device), cfg.vocab, comm
-            )
+        self.head = VocabParallelHead(cfg.vocab, comm)
+        if cfg.tied and self.first:  # the same memory
+            self.head.weight = self.embed.weight[: len(self.head.rows)]
+        else:
+            piece = Piece(table if cfg.tied else "lm_head.weight", whole, 0, self.head.rows)
+            self.head.weight = parameter([piece], dtype, device)
 
     @property
     def moes(self) -> dict[int, MoE]:
@@ -169,6 +159,4 @@ class Decoder(nn.Module):
         batch.rope = self.rope.tables(batch.positions, self.dtype)
         for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
             x = yield from layer(x, batch, k, v)
-        if not self.last:
-            return x
-        return self.head(kernels.rms_norm(x[batch.last], self.norm, self.cfg.rms_eps))
+        return kernels.rms_norm(x[batch.last], self.norm, self.cfg.rms_eps) if self.last else x

@@ -21,7 +21,7 @@
 #include <time.h>
 
 enum { LINE = 128, MAX_RANKS = 64, BLOCK = 1024 };
-enum { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL }; /* also in shm.py */
+enum { ALL_REDUCE = 1, ALL_GATHER, REDUCE_SCATTER, ALL_TO_ALL, BROADCAST }; /* also in shm.py */
 
 typedef struct {
     _Alignas(LINE) _Atomic uint64_t phase; /* how often this rank has published */
@@ -257,6 +257,20 @@ int labkit_all_to_all(Group *g, const char *in, char *out, const int64_t *send, 
             uint64_t theirs = control(g, rank)->rounds[g->turn];
             if (theirs > all) all = theirs;
         }
+    }
+    return 0;
+}
+
+/* `bytes` of the source's `data`, into everybody's. */
+int labkit_broadcast(Group *g, char *data, size_t bytes, int source) {
+    for (size_t at = 0; at < bytes; at += g->slot) {
+        size_t m = smaller(g->slot, bytes - at);
+        char *mine = next_slot(g, BROADCAST, 0, bytes);
+        if (g->me == source) memcpy(mine, data + at, m);
+        publish(g);
+        int late = meet(g);
+        if (late) return late;
+        if (g->me != source) memcpy(data + at, slot(g, source), m);
     }
     return 0;
 }

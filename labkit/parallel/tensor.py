@@ -6,7 +6,8 @@
   all-reduce adds them up.
 
 Column then row is one all-reduce for two products. A transformer layer has two such pairs, (q k v -> o) and (gate up ->
-down), so two all-reduces at any degree; the degree changes the bytes. Embedding and output head are cut by vocabulary.
+down), so two all-reduces at any degree; the degree changes the bytes. Embedding and output head are cut by vocabulary; the head
+over the stages of a pipeline too, which would otherwise wait for the last one (vocabulary parallelism, arXiv 2411.05288).
 
 As in PyTorch, a weight is stored (out_features, in_features): W's columns are the rows of the stored tensor.
 """
@@ -70,14 +71,18 @@ class VocabParallelEmbedding(nn.Module):
 
 class VocabParallelHead(nn.Module):
     """(B, hidden) -> logits (B, this rank's part of the vocabulary), in float32, since bfloat16's often tie: 25 and the next
-    number are an eighth apart. What to do with the parts is the sampler's choice."""
+    number are an eighth apart. What to do with the parts is the sampler's choice.
 
-    def __init__(self, weight: nn.Parameter, vocab: int, comm: Comm) -> None:
+    Every rank of a replica has a part, `rows`: the tp ranks of each stage a share of what is cut over the stages.
+    """
+
+    weight: torch.Tensor  # (len(rows), hidden); whoever makes the head knows where it comes from
+
+    def __init__(self, vocab: int, comm: Comm) -> None:
         super().__init__()
-        self.weight = weight
-        self.parts = split.even(vocab, comm.mesh.size("tp"))
-        self.rows = self.parts[comm.mesh.tp_rank]
-        self.comm = comm
+        self.comm, layout = comm, comm.mesh.layout
+        self.parts = split.vocabulary(vocab, layout.tp, layout.pp)
+        self.rows = self.parts[comm.mesh.tp_rank][comm.mesh.pp_rank]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, wide=True)
@@ -90,13 +95,17 @@ class VocabParallelHead(nn.Module):
         """
         best, at = scores.max(dim=-1)
         pair = torch.stack([best.double(), (at + self.rows.start).double()])
-        pairs = self.comm.all_gather(pair, "tp", "logits")  # (tp, 2, B)
-        rank = pairs[:, 0].argmax(dim=0)
-        return pairs[:, 1].gather(0, rank.unsqueeze(0)).squeeze(0).long()
+        for axis in ("pp", "tp"):
+            pairs = self.comm.all_gather(pair, axis, "logits")  # (ranks, 2, B)
+            pair = pairs.gather(0, pairs[:, :1].argmax(dim=0, keepdim=True).expand(1, 2, -1)).squeeze(0)
+        return pair[1].long()
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
         """The whole rows (B, vocab) from each rank's part (B, part), on every rank."""
-        widest = len(self.parts[0])
-        padded = F.pad(logits, (0, widest - logits.shape[1]))  # all-gather wants equal shapes
-        parts = self.comm.all_gather(padded, "tp", "logits")
-        return torch.cat([part[:, : len(rows)] for part, rows in zip(parts, self.parts, strict=True)], dim=1)
+        shares = [range(parts[0].start, parts[-1].stop) for parts in self.parts]  # of the tp ranks, all stages together
+        for axis, cut in (("pp", self.parts[self.comm.mesh.tp_rank]), ("tp", shares)):
+            widest = max(map(len, cut))
+            padded = F.pad(logits, (0, widest - logits.shape[1]))  # all-gather wants equal shapes
+            parts = self.comm.all_gather(padded, axis, "logits")
+            logits = torch.cat([part[:, : len(rows)] for part, rows in zip(parts, cut, strict=True)], dim=1)
+        return logits

@@ -101,12 +101,12 @@ def calibrate() -> dict[str, Engine]:
         ]  # fmt: skip
 
     where = f"decode.csv, tp 1 and 2, {len(fitted)} rows"
-    blank = Engine("vllm", 0.8, 0.7, 40.0, 0.3, 20.0, {"int8": 0.9, "int4": 0.8, "int4-g32": 0.8}, True, False, where)
+    blank = Engine("vllm", 0.8, 0.7, 40.0, 0.3, 20.0, {"int8": 0.9, "int4": 0.8, "int4-g32": 0.8}, "tp", False, where)
     steady = ("bandwidth", "arithmetic", "layer_us", "sequence_us")
     vllm = fit(blank, steady, of("vllm"))
     trt = fit(replace(vllm, name="tensorrt-llm", fp8_cache=True), steady, of("tensorrt-llm"))
     # One sequence says nothing of arithmetic, nor of more sequences.
-    fast = fit(replace(vllm, name="gpt-fast", head=False), ("bandwidth", "layer_us"), of("gpt-fast", "bfloat16"))
+    fast = fit(replace(vllm, name="gpt-fast", head="whole"), ("bandwidth", "layer_us"), of("gpt-fast", "bfloat16"))
     for dtype in ("int8", "int4-g32"):
         fast = fit(fast, (dtype,), of("gpt-fast", dtype))
     fast = fit(fast, ("moe_layer_us",), of("gpt-fast", "bfloat16", moe=True))

@@ -36,9 +36,10 @@ class Engine:
 
     bandwidth, arithmetic: the part of the memory's bandwidth, and of the rate that large products attain, that it reaches.
     layer_us, moe_layer_us: fixed cost of a layer, and what one with experts costs more. sequence_us: of each sequence in each
-    layer. weight_only: the part of the bandwidth left for weights that must be widened first, by dtype. head: whether the
-    embedding and the output head are cut over tp. fp8_cache: whether K and V are in fp8 where weights are. source: what it was
-    fitted on.
+    layer. weight_only: the part of the bandwidth left for weights that must be widened first, by dtype. head: where the output
+    head is: "whole" on each rank of the last stage, cut over that one's ranks ("tp", as the embedding then is), or over those of
+    all stages too ("all", as the engine here has it). fp8_cache: whether K and V are in fp8 where weights are. source: what
+    it was fitted on.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Engine:
     sequence_us: float
     moe_layer_us: float
     weight_only: Mapping[str, float]
-    head: bool
+    head: str
     fp8_cache: bool
     source: str
 
@@ -145,15 +146,14 @@ class Deployment:
             expert = shape.mlp(1, 0, shape.moe.width) if whole else shape.mlp(tp, rank, shape.moe.width)
             matrices += sparse * (self._experts_held(rank) * expert + shape.mlp(tp, rank, shape.shared_width))
             vectors += sparse * shape.moe.experts * shape.hidden
-        first, last = stage == 0, stage == self.layout.pp - 1
-        table = self._vocabulary(rank) * shape.hidden
         wide = WEIGHT_BYTES[self._wide]
         total = matrices * WEIGHT_BYTES[self.load.dtype] + vectors * wide
-        if first:
-            total += table * wide
-        if last:
-            total += (0 if first and shape.tied else table * self._head_bytes) + shape.hidden * wide
-        return total
+        head = self._vocabulary(rank)
+        if stage == 0:
+            total += sum(map(len, head)) * shape.hidden * wide
+        if stage or not shape.tied:  # the first has a tied one's rows in its embedding
+            total += len(head[stage]) * shape.hidden * self._head_bytes
+        return total + (shape.hidden * wide if stage == self.layout.pp - 1 else 0)
 
     def kv_bytes_per_token(self, stage: int, rank: int = 0) -> int:
         layers = len(stages(self.shape, self.layout.pp)[stage])
@@ -175,9 +175,7 @@ class Deployment:
             width = shape.moe.width / (1 if self.layout.ep > 1 else tp)
             per_token = max(per_token, rows * (shape.hidden * 3 + 3 * width))
         total = tokens * (3 * shape.hidden + per_token) * wide
-        if stage == self.layout.pp - 1:
-            total += 2 * 4 * self.sequences * self._vocabulary(0)
-        return total
+        return total + 2 * 4 * self.sequences * len(self._vocabulary(0)[stage])
 
     def memory(self) -> dict[str, Any]:
         """What the fullest GPU holds, in GB, and whether that is within `USABLE` of its memory."""
@@ -204,8 +202,13 @@ class Deployment:
     def _head_bytes(self) -> float:
         return WEIGHT_BYTES[self.load.dtype if self.load.dtype in WEIGHT_ONLY else self._wide]
 
-    def _vocabulary(self, rank: int) -> int:
-        return len(split.even(self.shape.vocab, self.layout.tp)[rank]) if self.engine.head else self.shape.vocab
+    def _vocabulary(self, rank: int) -> list[range]:
+        """The rows of the output head on each stage; all together are those of the embedding."""
+        tp, pp, where = self.layout.tp, self.layout.pp, self.engine.head
+        if where == "all":
+            return split.vocabulary(self.shape.vocab, tp, pp)[rank]
+        last = range(self.shape.vocab) if where == "whole" else split.even(self.shape.vocab, tp)[rank]
+        return [range(last.start, last.start)] * (pp - 1) + [last]
 
     def _experts_held(self, rank: int) -> int:
         assert self.shape.moe
@@ -218,13 +221,18 @@ class Deployment:
     # -- one pass of one stage -----------------------------------------------------------------------------------------
 
     def stage(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Terms:
-        """Terms of a pass over `tokens` of `sequences`, which reads the K and V of `kv_tokens` and scores `pairs` of a query and
-        a key; on the first tensor-parallel rank, which has no less than the others."""
+        """Terms of a pass over `tokens` of `sequences` through a stage's layers. It reads the K and V of `kv_tokens` and scores
+        `pairs` of a query and a key. On the first tensor-parallel rank, which has no less than the others."""
         terms, shape, engine, tp = Terms(), self.shape, self.engine, self.layout.tp
         layers = stages(shape, self.layout.pp)[stage]
         sparse = sum(map(shape.sparse, layers))
-        read, flops, experts = self._work(stage, tokens, sequences)
-        self._products(terms, read, flops)
+        read, flops, experts = self._work(stage, tokens)
+        bandwidth, source = self._reading(self.load.dtype)
+        # As long as the weights take to come, or as the arithmetic takes, whichever is longer.
+        terms.put("weights", read / bandwidth, f"{read / 1e9:.4g} GB at {source}")
+        rate, source = self._arithmetic(self.load.dtype)
+        beyond = max(0.0, flops / rate - read / bandwidth)
+        terms.put("arithmetic beyond reading", beyond, f"{flops / 1e12:.3g} TFLOP at {source}")
         kv_read = len(layers) * shape.kv_numbers(tp, 0) * KV_BYTES[self.load.kv_dtype] * kv_tokens
         kv_rate, kv_source = self._reading("")
         terms.put("KV cache", kv_read / kv_rate, f"{kv_read / 1e9:.3g} GB at {kv_source}")
@@ -238,13 +246,33 @@ class Deployment:
             terms.put("routers", sparse * engine.moe_layer_us * 1e-6, f"{engine.moe_layer_us:.1f} us each {by}")
         each = len(layers) * sequences * engine.sequence_us * 1e-6
         terms.put("sequences", each, f"{engine.sequence_us:.2f} us each and layer {by}")
-        self._exchanges(terms, stage, tokens, sequences, sparse)
+        self._exchanges(terms, stage, tokens, sparse)
         if sparse and self.layout.ep > 1:
-            rate, _ = self._arithmetic(self.load.dtype)
             self._expert_exchanges(terms, tokens, sparse, experts / rate)
         return terms
 
-    def _work(self, stage: int, tokens: int, sequences: int) -> tuple[float, float, float]:
+    def head(self, sequences: int) -> Terms:
+        """Terms of choosing the next token of `sequences`, on each stage that has a part of the output head."""
+        terms, layout, read = Terms(), self.layout, self.head_read
+        flops = 2 * read / self._head_bytes * sequences
+        (bandwidth, source), (rate, _) = self._reading(self.load.dtype), self._arithmetic(self.load.dtype)
+        terms.put("output head", max(read / bandwidth, flops / rate), f"{read / 1e9:.4g} GB at {source}")
+        # Two numbers of each rank and sequence, as in the engine here; others gather all logits.
+        if self.engine.head != "whole" and layout.tp > 1:
+            gather = hw_.gather(self.hw, self.engine.name, layout.tp, 16 * sequences)
+            terms.put("logits", gather.seconds, gather.source)
+        if layout.pp > 1:  # hidden states for the head to all stages, and two numbers from each; or the ids back
+            sizes = (self.shape.hidden * self._residual, 16) if self.engine.head == "all" else (8,)
+            hops = [hw_.hop(self.hw, size * sequences, layout.world > self.hw.node_gpus * layout.dp) for size in sizes]
+            terms.put("choice to all stages", sum(hop.seconds for hop in hops), hops[0].source)
+        return terms
+
+    @property
+    def head_read(self) -> float:
+        """Bytes of the output head on a rank of the last stage."""
+        return len(self._vocabulary(0)[-1]) * self.shape.hidden * self._head_bytes
+
+    def _work(self, stage: int, tokens: int) -> tuple[float, float, float]:
         """Of a pass: bytes of weights that are read, operations of matrix products, and of these the experts'."""
         shape, tp, layers = self.shape, self.layout.tp, stages(self.shape, self.layout.pp)[stage]
         one = WEIGHT_BYTES[self.load.dtype]
@@ -252,9 +280,6 @@ class Deployment:
         params = len(layers) * shape.attention(tp, 0) + (len(layers) - sparse) * shape.mlp(tp, 0, shape.intermediate)
         params += sparse * shape.mlp(tp, 0, shape.shared_width)
         read, flops, experts = params * one, 2.0 * params * tokens, 0.0
-        if stage == self.layout.pp - 1:
-            table = self._vocabulary(0) * shape.hidden
-            read, flops = read + table * self._head_bytes, flops + 2 * table * sequences
         if shape.moe and sparse:
             touched, each = self._experts(tokens)
             experts = sparse * each
@@ -276,14 +301,6 @@ class Deployment:
         )
         return part * peak * 1e12, f"{source} ({hw.source})"
 
-    def _products(self, terms: Terms, read: float, flops: float) -> None:
-        """Matrix products: as long as their weights take to come, or as their arithmetic takes, whichever is longer."""
-        bandwidth, source = self._reading(self.load.dtype)
-        terms.put("weights", read / bandwidth, f"{read / 1e9:.4g} GB at {source}")
-        rate, source = self._arithmetic(self.load.dtype)
-        beyond = max(0.0, flops / rate - read / bandwidth)
-        terms.put("arithmetic beyond reading", beyond, f"{flops / 1e12:.3g} TFLOP at {source}")
-
     def _experts(self, tokens: int) -> tuple[float, float]:
         """Of one layer: expert parameters that a rank reads, of those experts that any token asks for if all are equally likely;
         and its operations."""
@@ -295,8 +312,8 @@ class Deployment:
         rows = together * moe.per_token / layout.ep
         return self._experts_held(0) * asked * size, 2 * size * rows
 
-    def _exchanges(self, terms: Terms, stage: int, tokens: int, sequences: int, sparse: int) -> None:
-        """All-reduces behind attention and dense MLPs, of the embedding, and the choice of the next token."""
+    def _exchanges(self, terms: Terms, stage: int, tokens: int, sparse: int) -> None:
+        """All-reduces behind attention and dense MLPs, and of the embedding."""
         layout, hw, tp = self.layout, self.hw, self.layout.tp
         if tp == 1:
             return
@@ -304,12 +321,8 @@ class Deployment:
         reduce = hw_.all_reduce(hw, self.engine.name, tp, size)
         count = 2 * len(stages(self.shape, layout.pp)[stage]) - (sparse if layout.ep > 1 else 0)
         terms.put("all-reduce", count * reduce.seconds, f"{count} of {size:,} bytes; {reduce.source}")
-        if self.engine.head and stage == 0:
+        if self.engine.head != "whole" and stage == 0:
             terms.put("embedding", reduce.seconds, f"one more; {reduce.source}")
-        if self.engine.head and stage == layout.pp - 1:
-            # Two numbers of each rank and sequence, as in the engine here; others gather all logits.
-            gather = hw_.gather(hw, self.engine.name, tp, 16 * sequences)
-            terms.put("logits", gather.seconds, gather.source)
 
     def _expert_exchanges(self, terms: Terms, tokens: int, sparse: int, arithmetic: float) -> None:
         """Tokens to their experts and back; and what the busiest rank has more of, of that and of the experts' `arithmetic`."""
@@ -342,8 +355,8 @@ class Deployment:
         most = 0.0
         for stage, layers in enumerate(stages(shape, pp)):
             sparse = sum(map(shape.sparse, layers)) if layout.ep > 1 else 0
-            sent: float = (2 * len(layers) - sparse + (stage == 0)) * reduce + (16 * (tp - 1) if stage == pp - 1 else 0)
-            sent += (row if stage < pp - 1 else 8) if pp > 1 else 0
+            sent: float = (2 * len(layers) - sparse + (stage == 0)) * reduce + 16 * (tp - 1 + pp - 1)
+            sent += row if pp > 1 else 0  # to the next stage; from the last one to all
             if sparse and shape.moe:
                 chosen, experts, ep = shape.moe.per_token, shape.moe.experts, layout.ep
                 missed = math.comb(experts - experts // ep, chosen) / math.comb(experts, chosen)
@@ -365,8 +378,10 @@ class Deployment:
         terms = Terms()
         for stage, count in kinds.items():
             terms.add(each[stage], count)
+        head, spread = self.head(micro), self.engine.head == "all"
+        terms.add(head, self.lanes if spread else 1)  # all stages meet for it in each lane's turn, or the last has it
         if self.lanes == pp > 1:  # all stages are busy: a lane's turn comes when the slowest has served the others
-            slowest = max(stage.seconds for stage in each.values())
+            slowest = max(t.seconds + (head.seconds if spread or s == pp - 1 else 0.0) for s, t in each.items())
             waiting = pp * slowest - terms.seconds
             terms.put("waiting for the slowest stage", waiting, f"{pp} stages, the slowest {slowest * 1e3:.3g} ms")
         return terms.add(self._hops(micro))
@@ -385,7 +400,7 @@ class Deployment:
                     terms.add(each[stage], count)
             else:  # chunks follow each other through the stages: a later one costs what the slowest stage takes
                 terms.add(max(each.values(), key=lambda stage: stage.seconds))
-        return terms.add(self._hops(size))
+        return terms.add(self._hops(size)).add(self.head(1))
 
     def _prompts_between(self, stage: int, sequences: int) -> Terms:
         """Prompts of other sequences, computed between two tokens of one: they ride on passes that read the weights anyway."""
@@ -432,7 +447,7 @@ class Deployment:
         return counts
 
     def _hops(self, tokens: int) -> Terms:
-        """Between stages, and the sampled ids back. Neighbouring stages are tp ranks apart."""
+        """Between stages. Neighbouring stages are tp ranks apart."""
         terms, pp, tp, node = Terms(), self.layout.pp, self.layout.tp, self.hw.node_gpus
         if pp == 1:
             return terms
@@ -442,14 +457,12 @@ class Deployment:
             if count:
                 hop = hw_.hop(self.hw, payload, between)
                 terms.put("pipeline hops", count * hop.seconds, f"{count} of {payload:,} bytes; {hop.source}")
-        back = hw_.hop(self.hw, 8 * tokens, pp * tp > node)
-        terms.put("sampled ids back", back.seconds, back.source)
         return terms
 
 
 EXCHANGES = {
     "all-reduce", "embedding", "logits", "expert dispatch", "expert combine", "expert results to tp ranks", "pipeline hops",
-    "sampled ids back",
+    "choice to all stages",
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from labkit import split
-from labkit.comm import Comm
+from labkit.comm import Comm, Pending
 from labkit.engine.core import BLOCK, DTYPES, Engine, EngineOptions, Plan
 from labkit.engine.report import assemble
 from labkit.engine.requests import Request, SamplingParams
@@ -39,7 +39,7 @@ from labkit.mesh import AXES, Layout, Mesh
 from labkit.model import attention
 from labkit.model.checkpoint import Piece, Weights
 from labkit.model.config import ModelConfig, MoEConfig
-from labkit.model.decoder import check_layout, stage_layers
+from labkit.model.decoder import check_layout
 from labkit.model.find import Model
 from labkit.model.gguf_import import cache_root
 from labkit.parallel.expert import EXCHANGES, MoE, Spread
@@ -242,11 +242,12 @@ def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int, hosts: list[s
     if layout.ep > 1:  # which rows come depends on the routers
         return (rank,)
     share = split.heads(cfg.heads, cfg.kv_heads, layout.tp)[place["tp"]]
-    # A stage between the first and the last has layers alone, and dense ones are all alike.
+    # A stage between the first and the last has layers and a part of the head alone, and dense ones are all alike.
     between = 0 < place["pp"] < layout.pp - 1 and not cfg.moe
-    stage = len(stage_layers(cfg, layout.pp)[place["pp"]]) if between else -place["pp"]
+    stage = len(split.layers(cfg.layers, layout.pp)[place["pp"]]) if between else -place["pp"]
+    head = len(split.vocabulary(cfg.vocab, layout.tp, layout.pp)[place["tp"]][place["pp"]])
     widths = (cfg.intermediate, 0 if between else cfg.vocab, cfg.moe.width if cfg.moe else 0)
-    parts = (len(split.even(width, layout.tp)[place["tp"]]) for width in widths)
+    parts = (head, *(len(split.even(width, layout.tp)[place["tp"]]) for width in widths))
     heads = (len(share.query), len(share.kv), share.pad_left, share.pad_right)
     crossings = (layout.crosses(rank, axis, hosts) for axis in (*AXES, "replica", "world"))
     return (stage, requests, heads, *parts, *crossings)
@@ -346,12 +347,12 @@ class _DryEngine(Engine):
         zeros: list[Any] = np.zeros(x.shape, int).tolist()
         return zeros
 
-    def _forward(self, plan: Plan) -> Any:
+    def _forward(self, plan: Plan, hidden: Pending | None) -> torch.Tensor:
         self.tokens = {replica: [] for replica in self.followed}
         for replica, step in plan.items():
             for request, start, tokens in zip(step.requests, step.starts, step.tokens, strict=True):
                 self.tokens[replica] += [(request.index, start + i) for i in range(len(tokens))]
-        return super()._forward(plan)
+        return super()._forward(plan, hidden)
 
     def _rows(self, moe: MoE, counted: torch.Tensor) -> list[int]:
         """What a real run finds in `counted`: rows from each rank to each (of an all-to-all only), then rows of each expert

@@ -136,12 +136,11 @@ class LocalDeployment(Deployment):
     def work(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Work:
         shape, tp = self.shape, self.layout.tp
         layers = len(stages(shape, self.layout.pp)[stage])
-        read, _, _ = self._work(stage, tokens, sequences)
+        read, _, _ = self._work(stage, tokens)
         # A matrix has a row for each number that comes out: q, k and v; gate and up; the two that give back the residual.
         heads = shape.attention(tp, 0) // (2 * shape.hidden) + shape.kv_numbers(tp, 0) // 2
         inner = 2 * shape.mlp(tp, 0, shape.intermediate) // (3 * shape.hidden)
         rows = layers * (heads + inner + 2 * shape.hidden)
-        rows += self._vocabulary(0) if stage == self.layout.pp - 1 else 0
         # Threads share out KV heads of all sequences: some wait for those that have one more.
         threads, heads = self.setting.threads, sequences * len(split.heads(shape.heads, shape.kv_heads, tp)[0].kv)
         uneven = -(-heads // threads) * threads / heads if tokens == sequences else 1.0
@@ -149,8 +148,19 @@ class LocalDeployment(Deployment):
         return Work(layers, sequences, tokens, read, rows, kv, uneven * layers * shape.score_flops(tp, 0) * pairs)
 
     def length(self, work: Work) -> float:
-        """Numbers in a row of a matrix, on average."""
-        return work.read / WEIGHT_BYTES[self.load.dtype] / work.rows
+        """Numbers in a row of a matrix, on average, of a stage's layers and its part of the head."""
+        rows = work.rows + len(self._vocabulary(0)[-1])
+        return (work.read + self.head_read) / WEIGHT_BYTES[self.load.dtype] / rows
+
+    def head(self, sequences: int) -> Terms:
+        known, terms = constants(self.setting, self.load.dtype), Terms()
+        length = self.length(self.work(0, 1, 1, 0.0, 0.0))
+        seconds = self.head_read * known.of_a_byte(sequences, length, self.bandwidth)
+        source = f"{self.head_read / 1e6:.4g} MB; measured here, {self.setting}, {known.measured}"
+        terms.put("output head", seconds, source)
+        for name, seconds in self.met(sequences).items():
+            terms.put(name, seconds, "timed here")
+        return terms
 
     def stage(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Terms:
         work, known = self.work(stage, tokens, sequences, kv_tokens, pairs), constants(self.setting, self.load.dtype)
@@ -170,18 +180,24 @@ class LocalDeployment(Deployment):
         each = f"{known.sequence * 1e6:.0f} us each and layer; {source}"
         terms.put("sequences", work.layers * sequences * known.sequence, each)
         terms.put("step", known.step, f"schedule, sampling, embedding; {source}")
-        for name, seconds in self.exchanged(stage, tokens, sequences).items():
-            terms.put(name, seconds, "timed here")
+        terms.put("all-reduce", self.exchanged(stage, tokens), "timed here")
         return terms
 
-    def exchanged(self, stage: int, tokens: int, sequences: int) -> dict[str, float]:
+    def exchanged(self, stage: int, tokens: int) -> float:
         """Seconds of a pass in exchanges between the ranks of a stage."""
         tp, layers = self.layout.tp, len(stages(self.shape, self.layout.pp)[stage])
-        if tp == 1:
-            return {}
-        reduce = exchange("all_reduce", tp, tokens * self.shape.hidden * self._residual)
-        logits = exchange("all_gather", tp, 16 * sequences * tp) if stage == self.layout.pp - 1 else 0.0
-        return {"all-reduce": (2 * layers + (stage == 0)) * reduce, "logits": logits}
+        reduce = exchange("all_reduce", tp, tokens * self.shape.hidden * self._residual) if tp > 1 else 0.0
+        return (2 * layers + (stage == 0)) * reduce
+
+    def met(self, sequences: int) -> dict[str, float]:
+        """Seconds in exchanges for the choice of the next token of `sequences`."""
+        tp, pp = self.layout.tp, self.layout.pp
+        found = {"logits": exchange("all_gather", tp, 16 * sequences * tp) if tp > 1 else 0.0}
+        if pp > 1:
+            hidden = exchange("broadcast", pp, sequences * self.shape.hidden * self._residual)
+            pairs = exchange("all_gather", pp, 16 * sequences * pp)
+            found["choice to all stages"] = hidden + pairs
+        return found
 
     def _hops(self, tokens: int) -> Terms:
         terms, pp = Terms(), self.layout.pp
@@ -189,7 +205,6 @@ class LocalDeployment(Deployment):
             payload = tokens * self.shape.hidden * self._residual
             hops = (pp - 1) * exchange("send_recv", 2, payload)
             terms.put("pipeline hops", hops, f"{pp - 1} of {payload:,} bytes; timed here")
-            terms.put("sampled ids back", exchange("send_recv", 2, 8 * tokens), "timed here")
         return terms
 
 
@@ -205,7 +220,7 @@ def deployment(model: str, layout: Layout, load: Load) -> LocalDeployment:
     if shape.moe or load.prompt_tokens_per_token:
         raise ValueError("hardware local: only for dense models, and without the load of a server (--output)")
     hw = Hardware("local", psutil.virtual_memory().total / 1e9 / layout.world, 1.0, 1.0, source=machine("cpu"))
-    engine = Engine("labkit", 1.0, 1.0, 0.0, 0.0, 0.0, {}, True, False, "measured on this machine")
+    engine = Engine("labkit", 1.0, 1.0, 0.0, 0.0, 0.0, {}, "all", False, "measured on this machine")
     return LocalDeployment(shape, hw, engine, layout, load)
 
 
@@ -280,7 +295,7 @@ def measure(setting: Setting, dtype: str) -> Constants:
             before = setting.bandwidth()
             short, long, prompts = _serve(str(file), setting, dtype, large=config in LARGE)
             bandwidth = (before + setting.bandwidth()) / 2
-            alone = {n: seconds - sum(at.exchanged(0, n, n).values()) for n, seconds in short.items()}
+            alone = {n: seconds - at.exchanged(0, n) - sum(at.met(n).values()) for n, seconds in short.items()}
             if config in SMALL:
                 layers = at.shape.layers
                 small += [({"step": 1, "layer": layers, "sequence": layers * n}, alone[n], alone[n]) for n in BATCHES]
@@ -293,7 +308,7 @@ def measure(setting: Setting, dtype: str) -> Constants:
                 attention.append((amounts, seconds - short[n], seconds))
             for prompt, seconds in prompts.items():
                 work = at.work(0, prompt, 1, 0.0, prompt**2 / 2)
-                rest = seconds - sum(at.exchanged(0, prompt, 1).values())
+                rest = seconds - at.exchanged(0, prompt) - sum(at.met(1).values())
                 prefill.append(({"prefill_byte": work.read * prompt, "prefill_score": work.scores}, rest, seconds))
     found = solve(small) | solve(attention) | solve(prefill)
     byte: list[list[float]] = []
@@ -303,7 +318,7 @@ def measure(setting: Setting, dtype: str) -> Constants:
             work = at.work(0, n, n, n * (SHORT + TOKENS / 2), n * (SHORT + TOKENS / 2))
             other = found["step"] + work.layers * (found["layer"] + n * found["sequence"])
             other += (work.kv * found["kv_byte"] + work.scores * found["score"]) / bandwidth
-            byte[-1].append(max(0.0, alone[n] - other) / work.read)
+            byte[-1].append(max(0.0, alone[n] - other) / (work.read + at.head_read))
     reads = [one * bandwidth for one, (_, _, bandwidth) in zip(byte[0], weights, strict=True)]
     byte = [[max(0.0, seconds - one) for seconds, one in zip(row, byte[0], strict=True)] for row in byte]
     lengths = [at.length(at.work(0, 1, 1, 0.0, 0.0)) for at, _, _ in weights]

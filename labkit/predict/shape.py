@@ -13,7 +13,6 @@ from typing import Any
 
 from labkit import split
 from labkit.model.config import FAMILIES, ModelConfig, MoEConfig
-from labkit.model.decoder import stage_layers
 from labkit.model.errors import ModelError
 from labkit.model.find import find
 from labkit.model.shapes import SHAPES
@@ -135,7 +134,7 @@ class Shape:
 @cache
 def stages(shape: Shape, pp: int) -> list[range]:
     """Layers of each stage, as the engine cuts them."""
-    return stage_layers(shape, pp)  # type: ignore[arg-type]
+    return split.layers(shape.layers, pp)
 
 
 @cache

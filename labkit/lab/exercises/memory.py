@@ -234,7 +234,7 @@ def _capacity(model: Shape, tp: int, layers: tuple[int, ...], free: tuple[int, .
 
 
 def _capacity_cases(rng: random.Random) -> list[Case]:
-    """Stages with unequal numbers of layers, and rooms for which the fullest stage isn't always the one with most layers."""
+    """Stages with unequal numbers of layers too, and rooms for which the fullest stage isn't always the one with most layers."""
 
     def served(model: Shape, tp: int, pp: int, length: int) -> Case:
         held = stages(model, tp, pp, 1, BLOCK)
@@ -296,7 +296,7 @@ KV_CAPACITY = Exercise(
             "A stage keeps keys and values of its own layers only: that is what a pipeline is for.",
             lambda m, tp, layers, *rest: _fit(m, tp, [sum(layers)] * len(layers), *rest)),
         Misconception("all stages are taken to have the same number of layers",
-            "They are cut by what they cost, and the embedding and the head count too: use layers[i].",
+            "Not every number of layers can be shared out evenly: use layers[i].",
             lambda m, tp, layers, *rest: _fit(m, tp, [sum(layers) / len(layers)] * len(layers), *rest)),
         Misconception("only one layer is counted", "Every layer keeps keys and values of its own.",
             lambda m, tp, layers, *rest: _fit(m, tp, [1] * len(layers), *rest)),
