@@ -202,16 +202,17 @@ class AsyncLLM:
         while replicas:
             _, message = group.receive()
             came = time.perf_counter()
-            if not isinstance(message, Progress):
+            if isinstance(message, dict):
                 replicas -= 1
                 self.llm.take_reports(message)
                 continue
-            self._progress[message.replica] = message
-            self._totals["generation_tokens"] += len(message.tokens)
-            self._in_flight.take(message.tokens)
-            for token in message.tokens:
-                if caller := self._callers.get(token.request):
-                    caller.tell((token, came))
+            for step in message:
+                self._progress[step.replica] = step
+                self._totals["generation_tokens"] += len(step.tokens)
+                self._in_flight.take(step.tokens)
+                for token in step.tokens:
+                    if caller := self._callers.get(token.request):
+                        caller.tell((token, came))
 
     def _fail(self, error: BaseException) -> None:
         self._failed = self._failed or error

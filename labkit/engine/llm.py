@@ -36,6 +36,7 @@ from labkit.parallel.overlap import MODES
 
 MEASURE_THE_LINK = "measure the link"  # messages to the ranks
 LIVE = "live"  # from now on, requests come one by one
+HELD = 0.25  # seconds for which a rank may keep what nobody waits for: each message takes a core from the ranks, for 0.4 ms
 HANG = 10.0  # seconds that a rank may neither wait for another nor compute
 Prompt = str | list[int] | dict[str, list[int]]
 
@@ -231,7 +232,7 @@ class LLM:
         if more:
             raise ValueError(f"n={request.params.n}: stream gives one output")
         text = TextStream(request, self.tokenizer)
-        for step in self._run([request]):
+        for step in self._run([request], at_once=True):
             if piece := "".join(text.add(token) for token in step):
                 yield piece
 
@@ -319,19 +320,20 @@ class LLM:
         self._group, self._idle = group, True
         return group
 
-    def _run(self, requests: list[Request]) -> Iterator[list[Token]]:
-        """Serves the requests; yields each step's tokens, and keeps what `report` needs."""
+    def _run(self, requests: list[Request], at_once: bool = False) -> Iterator[list[Token]]:
+        """Serves the requests; yields each step's tokens, and keeps what `report` needs. at_once: somebody waits for each."""
         self._tokens = []
-        for step in self._run_in_place(self._engine, requests) if self._engine else self._run_on_ranks(requests):
+        engine = self._engine
+        for step in self._run_in_place(engine, requests) if engine else self._run_on_ranks(requests, at_once):
             self._tokens.append(step.tokens)
             yield step.tokens
 
-    def _run_on_ranks(self, requests: list[Request]) -> Iterator[Progress]:
+    def _run_on_ranks(self, requests: list[Request], at_once: bool) -> Iterator[Progress]:
         in_flight, began, self.restarts = InFlight(self.restart), time.perf_counter(), 0
         in_flight.add(requests)
         while True:
             try:
-                for step in self._run_once(in_flight.left(), began if self.restarts else None):
+                for step in self._run_once(in_flight.left(), at_once, began if self.restarts else None):
                     in_flight.take(step.tokens)
                     yield step
                 return
@@ -340,24 +342,24 @@ class LLM:
                     raise
                 self.restarts += 1
 
-    def _run_once(self, requests: list[Request], began: float | None) -> Iterator[Progress]:
+    def _run_once(self, requests: list[Request], at_once: bool, began: float | None) -> Iterator[Progress]:
         """`began`: of ranks that go on where others have failed, when those began; times count from there."""
         group, self._idle = self.ranks(), False
         earlier = time.perf_counter() - began if began else 0.0
         try:
             # A rank that has been stopped takes no message that is longer than a pipe. That it has shows below.
-            threading.Thread(target=group.send, args=(requests,), daemon=True).start()
+            threading.Thread(target=group.send, args=((requests, at_once),), daemon=True).start()
             replicas = self.layout.dp
             while replicas:
                 _, message = group.receive()
-                if isinstance(message, Progress):
-                    if began:
-                        tokens = [replace(t, seconds=t.seconds + earlier) for t in message.tokens]
-                        message = replace(message, tokens=tokens)
-                    yield message
-                else:
+                if isinstance(message, dict):
                     replicas -= 1
                     self.take_reports(message)
+                    continue
+                for step in message:
+                    if began:
+                        step = replace(step, tokens=[replace(t, seconds=t.seconds + earlier) for t in step.tokens])
+                    yield step
             for rank in self._rank_reports:
                 rank["seconds"] += earlier
             self._idle = True
@@ -469,12 +471,17 @@ def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions, emula
             if comm.rank == 0:
                 channel.send(rate)
             continue
-        live = message == LIVE
-        for step in engine.generate([] if live else message, Inbox(channel, engine) if live else None):
-            if leads:
-                channel.send(step)
+        requests, at_once = ([], True) if message == LIVE else message
+        held: list[Progress] = []
+        sent = 0.0  # the first goes at once
+        for step in engine.generate(requests, Inbox(channel, engine) if message == LIVE else None):
+            held += [step] if leads else []
+            if held and (at_once or time.perf_counter() - sent > HELD):
+                channel.send(held)
+                held, sent = [], time.perf_counter()
         reports = comm.gather_objects(engine.report())
         if leads:
+            channel.send(held)
             channel.send({"ranks": reports})
 
 

@@ -64,7 +64,8 @@ class RankError(RuntimeError):
         rank: the first rank that failed, None if none did (the time was up).
         how: "raised", "killed", "exited", "hung", or "timeout".
         kind: the name of the exception's class, where one was raised.
-        outputs: from `LLM.generate`, what there was of each prompt's outputs; "error" is the finish_reason of those cut off.
+        outputs: from `LLM.generate`, what there was of each prompt's outputs, but for the last moment; "error" is the
+            finish_reason of those cut off.
     """
 
     def __init__(self, message: str, rank: int | None = None, how: str = "", kind: str = "") -> None:
