@@ -49,7 +49,8 @@ def _cost(engine: Engine, hosts: list[str], group: list[int], size: int, seconds
         engine.model.name, tp=layout.tp, pp=layout.pp, dp=layout.dp, ep=layout.expert_parallel, context=64,
         dtype=options.dtype, device="cpu", exchange=options.spread.exchange, rank_order=layout.order, ranks_per_host=each,
     )  # fmt: skip
-    waits = sum(dry["ranks"][rank]["calls_per_token"]["decode"]["tp"] for rank in layout.peers(group[0], "pp"))
+    calls = (dry["ranks"][rank]["calls_per_token"]["decode"]["tp"] for rank in layout.peers(group[0], "pp"))
+    waits = sum(calls) - (layout.pp - 1)  # one of each stage's is for logits, at the same time
     text = (
         f"tensor-parallel ranks {group} are on {len({hosts[rank] for rank in group})} hosts: each decoded token waits "
         f"{waits:.0f} times for an exchange of some {size:,} bytes between them, {seconds * 1e3:.3g} ms each as just measured, "
