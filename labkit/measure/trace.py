@@ -44,7 +44,7 @@ def spans(events: Sequence[Sequence[Event]], layout: Layout) -> list[Span]:
                 out.append(Span(rank, "compute", phase, now, began))
             now = ended
             idle = "bubble" if axis == "pp" else "waiting"
-            ready = ended if kind == "wait" and axis == "pp" else min(max(others, began), ended)
+            ready = min(max(others, began), ended)
             out += [Span(rank, idle, name, began, ready)] if ready > began else []
             out += [Span(rank, axis, name, ready, ended)] if ended > ready else []
     moved = (s._replace(began=s.began - start, ended=s.ended - start) for s in out)

@@ -30,6 +30,8 @@ def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
         if layout.tp > size:
             raise split.LayoutError(f"tensor_parallel_size={layout.tp} does not fit {name} {size}: use 1 to {size}")
     split.layers(cfg.layers, layout.pp)
+    if layout.tp * layout.pp > cfg.vocab:
+        raise split.LayoutError(f"{layout.tp} x {layout.pp} ranks (tp x pp) are more than vocab_size {cfg.vocab}")
     if cfg.moe:
         for layer in filter(cfg.sparse, range(cfg.layers)):
             spread.of(layer, cfg.moe.experts, layout.ep)
