@@ -17,7 +17,7 @@ from labkit.mesh import Mesh, gather
 
 # How often to look at a flag before the core is given up, and then before sleeping.
 CROWDED = 20, 1000  # more ranks than cores: the one that is waited for may need this core
-ALONE = 4000, 0  # a core each: some 100 us
+ALONE = 16000, 0  # a core each: some 400 us; to sleep and wake takes longer than most waits
 SLOT = 256 * 1024  # bytes of one message's chunk: two slots of each rank stay in a core's second-level cache
 ONE_SHOT = 16 * 1024  # bytes up to which each rank adds up everything itself: one meeting instead of two
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64)  # order: shm.c
