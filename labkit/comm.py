@@ -249,8 +249,7 @@ class Comm:
 
     def broadcast(self, x: torch.Tensor, source: int, axis: str = "world", what: str = "") -> torch.Tensor:
         """`x` of the `source`-th rank of `axis`, written into `x` on the others, and returned."""
-        n = self.mesh.size(axis)
-        if n == 1:
+        if self.mesh.size(axis) == 1:
             return x
         src = self.mesh.peers(axis)[source]
         y = self._stage(x)
@@ -290,7 +289,7 @@ class Comm:
         dst = self.mesh.peers(axis)[to]
 
         def start(group: dist.ProcessGroup | None) -> Any:
-            return dist.isend(y, dst=dst, group=self._between(axis))
+            return dist.isend(y, dst=dst, group=group)
 
         work = self._do("send", axis, what, y.nbytes, y.nbytes, start, kind="start")
         self._sending.append((work, y))
@@ -307,28 +306,23 @@ class Comm:
         or it would keep a part of the GPU busy with waiting.)"""
         y = self._stage(x)
         src = self.mesh.peers(axis)[source]
-        work: dist.Work | None = None
 
-        def start(group: dist.ProcessGroup | None) -> None:
-            nonlocal work
-            work = dist.irecv(y, src=src, group=self._between(axis))
+        def start(group: dist.ProcessGroup | None) -> dist.Work | None:
+            return dist.irecv(y, src=src, group=group)
+
+        work = None if self._on_device else self._do("recv", axis, what, 0, 0, start, kind="uncounted")
 
         def land(group: dist.ProcessGroup | None) -> None:
             if self._on_device:
-                dist.recv(y, src=src, group=self._between(axis))
-            elif work:
+                dist.recv(y, src=src, group=group)
+            elif work:  # dist.recv would wait for ever on gloo's default group
                 work.wait(timedelta(seconds=self.mesh.timeout))
 
         def finish() -> torch.Tensor:
             self._do("recv", axis, what, y.nbytes, y.nbytes, land, kind="recv")
             return _written(x, y)
 
-        if not self._on_device:
-            self._do("recv", axis, what, 0, 0, start, kind="uncounted")
         return Pending(finish)
-
-    def _between(self, axis: str) -> dist.ProcessGroup | None:
-        return self.mesh.group("pp_hops" if axis == "pp" else axis)
 
     def flush(self, keep: int = 0) -> None:
         """Waits until everything sent has left, but for the last `keep` tensors. (gloo tells only who waits that one has.)"""
@@ -440,7 +434,7 @@ class Comm:
             start, stop = (torch.cuda.Event(enable_timing=True, external=again) for _ in range(2))
             start.record()
         try:
-            result = call(self.mesh.group(axis))
+            result = call(self.mesh.group("pp_hops" if axis == "pp" and op in ("send", "recv") else axis))
         except (RuntimeError, ValueError) as error:
             others = [r for r in self.mesh.peers(axis) if r != self.rank]
             raise CommError(

@@ -1,5 +1,6 @@
 """The decoder against transformers, in float32, on real ranks, in every layout of up to four."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from labkit import Layout, run
 from labkit.comm import Comm
 from labkit.model.checkpoint import Checkpoint, fill
 from labkit.model.config import ModelConfig
-from labkit.model.decoder import Decoder
+from labkit.model.decoder import Decoder, check_layout
+from labkit.model.shapes import SHAPES
 from labkit.parallel import overlap, pipeline
+from labkit.parallel.expert import Spread
+from labkit.split import LayoutError
 
 LAYOUTS = [Layout(tp=t, pp=p, dp=d) for t in range(1, 5) for p in range(1, 5) for d in range(1, 5) if t * p * d <= 4]
 PROMPTS = [[5, 9, 77, 100, 31, 0, 8], [44, 3, 60, 12, 12], [1]]
@@ -78,3 +82,12 @@ def test_a_step_computed_in_parts_gives_the_same_logits(layout: Layout, mode: st
             for a, b in zip(whole[-1][family], cut[-1][family], strict=True):
                 assert a.shape == b.shape
                 assert (a - b).abs().max().item() <= 1e-5, f"{family}, shared memory: {shared_memory}"
+
+
+def test_more_ranks_than_rows_of_the_head_are_refused() -> None:
+    cfg = replace(ModelConfig.from_dict(SHAPES["tinyllama-1.1b"]), vocab=5)
+    check_layout(cfg, Layout(pp=5), Spread())
+    with pytest.raises(
+        LayoutError, match="tensor_parallel_size=2 x pipeline_parallel_size=3 .* vocab_size 5.* at most 5"
+    ):
+        check_layout(cfg, Layout(tp=2, pp=3), Spread())

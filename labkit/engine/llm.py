@@ -473,12 +473,17 @@ def _serve(comm: Comm, channel: Any, model: Model, options: EngineOptions, emula
             continue
         requests, at_once = ([], True) if message == LIVE else message
         held: list[Progress] = []
-        sent = 0.0  # the first goes at once
+        sent, begun = 0.0, set[int]()
         for step in engine.generate(requests, Inbox(channel, engine) if message == LIVE else None):
-            held += [step] if leads else []
-            if held and (at_once or time.perf_counter() - sent > HELD):
+            if not leads:
+                continue
+            held.append(step)
+            # A request's first token is told at once too.
+            first = set() if at_once else {token.request for token in step.tokens} - begun
+            if at_once or first or time.perf_counter() - sent > HELD:
                 channel.send(held)
                 held, sent = [], time.perf_counter()
+                begun |= first
         reports = comm.gather_objects(engine.report())
         if leads:
             channel.send(held)

@@ -23,7 +23,7 @@ from labkit.parallel.tensor import ColumnParallelLinear, RowParallelLinear, Voca
 def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
     """Raises LayoutError, naming the legal values, if the model can't be cut this way."""
     split.heads(cfg.heads, cfg.kv_heads, layout.tp)
-    widths = {"intermediate_size": cfg.intermediate, "vocab_size": cfg.vocab}
+    widths = {"intermediate_size": cfg.intermediate}
     if cfg.moe and layout.ep == 1:
         widths["the experts' intermediate size"] = cfg.moe.width
     for name, size in widths.items():
@@ -31,7 +31,10 @@ def check_layout(cfg: ModelConfig, layout: Layout, spread: Spread) -> None:
             raise split.LayoutError(f"tensor_parallel_size={layout.tp} does not fit {name} {size}: use 1 to {size}")
     split.layers(cfg.layers, layout.pp)
     if layout.tp * layout.pp > cfg.vocab:
-        raise split.LayoutError(f"{layout.tp} x {layout.pp} ranks (tp x pp) are more than vocab_size {cfg.vocab}")
+        raise split.LayoutError(
+            f"tensor_parallel_size={layout.tp} x pipeline_parallel_size={layout.pp} does not fit vocab_size {cfg.vocab}, "
+            f"of which each rank has a part: use at most {cfg.vocab} ranks"
+        )
     if cfg.moe:
         for layer in filter(cfg.sparse, range(cfg.layers)):
             spread.of(layer, cfg.moe.experts, layout.ep)

@@ -246,7 +246,7 @@ def _kind(cfg: ModelConfig, layout: Layout, rank: int, batch: int, hosts: list[s
     between = 0 < place["pp"] < layout.pp - 1 and not cfg.moe
     stage = len(split.layers(cfg.layers, layout.pp)[place["pp"]]) if between else -place["pp"]
     head = len(split.vocabulary(cfg.vocab, layout.tp, layout.pp)[place["tp"]][place["pp"]])
-    widths = (cfg.intermediate, 0 if between else cfg.vocab, cfg.moe.width if cfg.moe else 0)
+    widths = (cfg.intermediate, 0 if place["pp"] else cfg.vocab, cfg.moe.width if cfg.moe else 0)
     parts = (head, *(len(split.even(width, layout.tp)[place["tp"]]) for width in widths))
     heads = (len(share.query), len(share.kv), share.pad_left, share.pad_right)
     crossings = (layout.crosses(rank, axis, hosts) for axis in (*AXES, "replica", "world"))
