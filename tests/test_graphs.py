@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import write
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from labkit import run
 from labkit.comm import Comm
@@ -18,7 +21,9 @@ from labkit.engine.core import Engine, EngineOptions
 from labkit.engine.graphs import DecodeGraphs
 from labkit.engine.requests import Request, SamplingParams
 from labkit.mesh import Layout
+from labkit.model.decoder import Decoder
 from labkit.model.find import find
+from labkit.parallel import overlap
 
 PROMPTS = [3, 30, 60, 9, 17]  # tokens: 60 and their output need more blocks than the smallest recording has
 
@@ -79,3 +84,45 @@ def test_repeated_steps_say_and_send_the_same(
         assert counts.keys() == repeated.keys()
         for key, (calls, payload) in counts.items():
             assert repeated[key][0] == calls and payload <= repeated[key][1] <= 2 * payload
+
+
+class Reads(TorchDispatchMode):
+    """Notes what operations read that they have not made themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: set[int] = set()
+        self.read: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        read = [t.untyped_storage() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        self.read |= {s._cdata: StorageWeakRef(s) for s in read if s._cdata not in self.made}
+        out = func(*args, **(kwargs or {}))
+        made = {t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        self.made |= made - self.read.keys()
+        return out
+
+
+def lost(comm: Comm, folder: Path) -> tuple[int, int]:
+    """How much a recorded step has read, and how much of that isn't there any more."""
+    reads = Reads()
+
+    def addresses_only(compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """All that a CUDA graph keeps of `compute`."""
+        with reads:
+            y = compute()
+        return lambda: y
+
+    with torch.inference_mode():
+        decoder = Decoder(find(str(folder)).config, comm, torch.float32)
+        recorded = DecodeGraphs(decoder, decoder.cache(blocks=3, size=16), comm, addresses_only)
+        for _ in range(2):
+            parts = overlap.cut([[1], [2]], [5, 9], [[2], [0]], [True, True])
+            recorded.forward(torch.tensor([1, 2], device=comm.device), *parts)
+    return len(reads.read), sum(storage.expired() for storage in reads.read.values())
+
+
+def test_what_a_recording_reads_outlives_it(tmp_path: Path) -> None:
+    write("qwen3", tmp_path)
+    ((read, gone),) = run(lost, 1, args=(tmp_path,), timeout=60)
+    assert read > 0 and gone == 0

@@ -63,20 +63,20 @@ class DecodeGraphs:
 
 
 class _Step:
-    """The memory of one shape, and what is computed on it."""
+    """The memory of one shape, and what is computed on it. A recording keeps addresses only: what it reads is kept here."""
 
     def __init__(self, rows: int, blocks: int, x: torch.Tensor, graphs: DecodeGraphs) -> None:
         self.rows, self.blocks, self.size = rows, blocks, graphs.cache.size
         self.x = x.new_zeros(rows, *x.shape[1:])
         self.numbers = torch.zeros(rows * (2 + blocks), dtype=torch.int64, device=x.device)  # one copy brings them all
+        self.last = torch.arange(rows, device=x.device)
         positions, slots, tables = self.numbers.split([rows, rows, rows * blocks])
-        last = torch.arange(rows, device=x.device)
         self.counted: dict[Any, Any] | None = None
         self.repeats = 0
 
         def compute() -> torch.Tensor:
             batch = Batch(
-                positions=positions, slots=slots, last=last, singles=rows, tables=tables.view(rows, blocks),
+                positions=positions, slots=slots, last=self.last, singles=rows, tables=tables.view(rows, blocks),
                 context=blocks * self.size, pieces=[], replicas=[rows], size=self.size,
             )  # fmt: skip
             return overlap.alone(graphs.comm, graphs.decoder(self.x, batch, graphs.cache))
