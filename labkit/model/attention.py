@@ -63,9 +63,9 @@ class Batch:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """(singles, 1, 1, context): where single tokens have something to attend to."""
-        there = torch.arange(self.context, device=self.positions.device) <= self.positions[: self.singles].unsqueeze(1)
-        return there[:, None, None, :]
+        """(singles, 1, 1, context), added to scores: 0 where single tokens have something to attend to, else -inf."""
+        nothing = torch.arange(self.context, device=self.positions.device) > self.positions[: self.singles].unsqueeze(1)
+        return self.rope[0].new_zeros(nothing.shape).masked_fill_(nothing, -torch.inf)[:, None, None, :]
 
     @classmethod
     def make(
@@ -252,11 +252,11 @@ class Attention(nn.Module):
     def _outs(self, qkv: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         """The same in PyTorch."""
         q, new_k, new_v = self._heads(qkv)
+        qk = qkv.view(len(qkv), -1, self.cfg.head_dim)[:, : -new_v.shape[1]]
         if self.cfg.qk_norm:
-            q, new_k = (
-                kernels.rms_norm(t, weight, self.cfg.rms_eps) for t, weight in ((q, self.q_norm), (new_k, self.k_norm))
-            )
-        q, new_k = (rotate(t, *batch.rope) for t in (q, new_k))
+            normed = ((q, self.q_norm), (new_k, self.k_norm))
+            qk = torch.cat([kernels.rms_norm(t, weight, self.cfg.rms_eps) for t, weight in normed], dim=1)
+        q, new_k = rotate(qk, *batch.rope).tensor_split([q.shape[1]], dim=1)  # both at once: fewer kernels on a GPU
         for cache, new in ((k, new_k), (v, new_v)):
             cache.view(-1, *new.shape[1:]).index_copy_(0, batch.slots, new)
         s = batch.singles
