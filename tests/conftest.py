@@ -11,6 +11,13 @@ from labkit.model.find import find
 
 os.environ["LABKIT_PROGRESS"] = "off"  # tests don't learn
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ranks are CPU cores on a machine with GPUs too, unless the tests for these are asked for: `pytest -m gpu`."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 QUESTIONS = [
     "What is the capital of France?",
     "Write a haiku about the sea.",

@@ -1,4 +1,4 @@
-"""The same engine on real GPUs: NCCL with a GPU per rank, gloo through the host when ranks share one."""
+"""The same engine on real GPUs: NCCL with a GPU per rank, gloo through the host when ranks share one. `pytest -m gpu`."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPUS, reason="needs a GPU; none here")
+@pytest.mark.skipif(not GPUS, reason="needs a GPU, and -m gpu")
 @pytest.mark.parametrize(
     "layout",
     [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(tp=3)],
@@ -35,7 +35,7 @@ def test_greedy_tokens_on_gpus(layout: Layout, share: bool, questions_and_answer
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPUS, reason="needs a GPU; none here")
+@pytest.mark.skipif(not GPUS, reason="needs a GPU, and -m gpu")
 @pytest.mark.parametrize("tp", [1, 2])
 def test_cuda_graphs_change_no_token_and_are_timed(tp: int) -> None:
     if tp > GPUS:
@@ -52,7 +52,7 @@ def test_cuda_graphs_change_no_token_and_are_timed(tp: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs; none or one here")
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs, and -m gpu")
 def test_symmetric_memory_adds_up_as_nccl_does() -> None:
     def sums(comm: Comm) -> tuple[bool, list[bool]]:
         same = []
@@ -67,7 +67,7 @@ def test_symmetric_memory_adds_up_as_nccl_does() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs; none or one here")
+@pytest.mark.skipif(not GPUS, reason="needs a GPU, and -m gpu")
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_expert_parallel_tokens_on_gpus(exchange: str) -> None:
     tokens = []
