@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkit import LLM, SamplingParams
+from labkit.engine.llm import chosen_dtype
 from labkit.engine.requests import CompletionOutput
-from labkit.model import kernels
+from labkit.model import experts, kernels
 
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason="no compiled kernels: they need GCC, and a processor with AVX2 or AVX-512"
@@ -146,6 +147,29 @@ def test_attention_of_a_piece_of_a_prompt(
     cut = rows // 3
     if cut:  # to the bit, wherever a prompt is cut
         assert torch.equal(torch.cat((mine(0, cut), mine(cut, rows - cut))), whole)
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor has no instructions for 16 bits."""
+    monkeypatch.setattr(kernels, "is_slow", lambda dtype: dtype != torch.float32)
+
+
+def test_without_bfloat16_many_rows_are_multiplied_in_float32(no_bfloat16: None) -> None:
+    x, w, bias = (randn(*shape, dtype=torch.bfloat16, seed=n) for n, shape in enumerate(((99, 144), (80, 144), (80,))))
+    right = F.linear(x.double(), w.double(), bias.double())
+    wide, narrow = kernels.linear(x, w, bias, wide=True), kernels.linear(x, w, bias)
+    assert wide.dtype == torch.float32 and distance(wide, right) < BOUND[torch.float32]
+    assert narrow.dtype == torch.bfloat16 and distance(narrow, right) < BOUND[torch.bfloat16]
+    counts = (70, 0, 29)
+    each = [F.linear(part.double(), w.double()) for part in x.split(counts)]
+    assert distance(experts._grouped(x, w.expand(3, *w.shape), counts), torch.cat(each)) < BOUND[torch.bfloat16]
+
+
+def test_auto_is_the_format_that_is_fast(no_bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [chosen_dtype("auto", name) for name in ("bfloat16", "float16")] == ["bfloat16", "float32"]
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert [chosen_dtype(name, "bfloat16") for name in ("auto", "bfloat16")] == ["float32", "bfloat16"]
 
 
 def test_fake_tensors_and_formats_it_does_not_know_are_left_to_pytorch() -> None:

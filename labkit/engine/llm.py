@@ -27,6 +27,7 @@ from labkit.engine.requests import InFlight, Progress, Request, RequestOutput, S
 from labkit.launch.local import RankError, RankGroup, in_torchrun, join_torchrun, launchers, threads_per_rank
 from labkit.links import Link, measured_gbit
 from labkit.mesh import Layout
+from labkit.model import kernels
 from labkit.model.checkpoint import Checkpoint
 from labkit.model.decoder import check_layout, tensors
 from labkit.model.errors import ModelError
@@ -56,7 +57,7 @@ class LLM:
         expert_placement: which rank has which expert: "contiguous", "round-robin", or by layer the experts of each rank, as
             `labkit.split.experts_by_load` makes them from the loads in a report.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's, but float32 for 16-bit checkpoints on a CPU
-            without 16-bit instructions, where it is faster.
+            without 16-bit instructions, where it is faster: unless they are bfloat16 and the C kernels were built.
         max_model_len: longest prompt plus output, in tokens; the KV cache is made for it.
         max_num_seqs: sequences in flight at once, on each replica.
         max_num_batched_tokens: tokens in one step; longer prompts are computed in pieces.
@@ -511,8 +512,9 @@ def chosen_dtype(asked: str, checkpoint: str) -> str:
     name = checkpoint if asked == "auto" else asked
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
-    if asked == "auto" and not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return "float32"  # prefill with bfloat16 takes 5 to 8 times as long on an AVX2 processor
+    in_c = DTYPES[name] in kernels.DTYPES and kernels.library()  # which reads half as much for a token
+    if asked == "auto" and not torch.cuda.is_available() and kernels.is_slow(DTYPES[name]) and not in_c:
+        return "float32"
     return name
 
 

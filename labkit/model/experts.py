@@ -11,7 +11,7 @@ from torch import nn
 
 from labkit.model.checkpoint import Piece, parameter
 from labkit.model.config import ModelConfig, MoEConfig
-from labkit.model.kernels import swiglu
+from labkit.model.kernels import linear, swiglu, widens
 
 # Names in the checkpoint: the block, and an expert's gate, up and down matrices.
 NAMES = {
@@ -71,7 +71,7 @@ class Experts(nn.Module):
 def _grouped(x: torch.Tensor, weights: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
     """The first counts[0] rows of x (R, in) times weights[0] of (slots, out, in), the next counts[1] times weights[1], ..."""
     aligned = all(n * x.element_size() % 16 == 0 for n in weights.shape[1:])  # what PyTorch's grouped product asks for
-    if aligned and len(x):
+    if aligned and len(x) and not widens(x):
         ends = torch.tensor(counts, device=x.device).cumsum(0).int()
         return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
-    return torch.cat([F.linear(mine, weight) for mine, weight in zip(x.split(list(counts)), weights, strict=True)])
+    return torch.cat([linear(mine, weight) for mine, weight in zip(x.split(list(counts)), weights, strict=True)])

@@ -3,8 +3,8 @@
 A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
 longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
 between them costs more than it computes. For many rows C's products, and its attention of prompts, are the faster ones on a
-processor with AMX in bfloat16; elsewhere PyTorch's are, and C does what stands between them. LABKIT_KERNELS=torch in the
-environment leaves C out.
+processor with AMX in bfloat16; elsewhere PyTorch's are, of float32 where the processor has no bfloat16, and C does what stands
+between them. LABKIT_KERNELS=torch in the environment leaves C out.
 """
 
 import ctypes
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from labkit import native
 
-ROWS = 8  # up to which a product in C is the faster one without tiles
+# Up to which a product in C is the faster one without tiles. (With AVX2 PyTorch computes in float32 what is bfloat16.)
+ROWS = 64 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
 TILED_ROWS = 512  # and with them; an MLP always is
 TOKENS = 16  # a block of the cache holds a multiple of these
 TILE = 32  # widths are multiples of these where tiles compute
@@ -87,6 +88,17 @@ def by_tiles(dtype: torch.dtype, *widths: int) -> bool:
     return dtype == torch.bfloat16 and has_tiles() and all(n % TILE == 0 for n in widths)
 
 
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether PyTorch's products on this CPU take several times as long in this format as in float32: with AVX2 alone, in 16
+    bits."""
+    return dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def widens(x: torch.Tensor) -> bool:
+    """Whether PyTorch had better multiply x in float32. That a fake tensor needn't be."""
+    return type(x) is torch.Tensor and x.is_cpu and is_slow(x.dtype)
+
+
 def suiting(x: torch.Tensor, rows: int | None = None) -> Any:
     """The library, if C can and should work on x (N, ...): real memory of the host, not a fake tensor's, in a number format
     that it knows, N between 1 and `rows`. Else None."""
@@ -150,13 +162,16 @@ def prepare(
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
     """x (N, in) times weight (out, in) transposed, plus bias (out,).
 
-    In float32 if `wide`; where PyTorch computes it, it has been rounded to x's format before.
+    In float32 if `wide`; where PyTorch computes it in x's format, it has been rounded to that before.
     """
     out = weight.shape[0]
     c = suiting(x, TILED_ROWS if by_tiles(x.dtype, *weight.shape) else ROWS)
     if c is None:
-        y = F.linear(x, weight, bias)
-        return y.float() if wide else y
+        if widens(x):
+            y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        else:
+            y = F.linear(x, weight, bias)
+        return y.to(torch.float32 if wide else x.dtype)
     y = x.new_empty(x.shape[0], out, dtype=torch.float32 if wide else x.dtype)
     c.labkit_linear(
         x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), wide,
