@@ -45,6 +45,7 @@ def bench_decode(
     repeats: Repeats = 5,
     threads: Threads = None,
     link: LinkRate = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="on GPUs: without CUDA graphs")] = False,
     compare: Annotated[bool, typer.Option(help="also through sockets alone, and one rank, taking turns")] = False,
     as_json: Json = False,
 ) -> None:
@@ -53,7 +54,7 @@ def bench_decode(
 
     rows = decode(
         model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats,
-        threads=threads, link=link, compare=compare,
+        threads=threads, link=link, enforce_eager=enforce_eager, compare=compare,
     )  # fmt: skip
 
     def show() -> None:

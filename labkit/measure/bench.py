@@ -84,10 +84,11 @@ def in_turns(
 def decode(
     model: str, *, dtype: str = "auto", tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False, batch: int = 1,
     prompt: int = 32, tokens: int = 64, repeats: int = 5, threads: int | None = None, link: str | None = None,
-    compare: bool = False,
+    enforce_eager: bool = False, compare: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Decode speed of a layout. With `compare` three rows that took turns: the layout, the same through sockets alone, and one
-    rank with as many threads as one of the layout's; each with `speedup` over that one rank.
+    """Decode speed of a layout; on GPUs without CUDA graphs if `enforce_eager`. With `compare` three rows that took turns: the
+    layout, the same through sockets alone, and one rank with as many threads as one of the layout's; each with `speedup` over
+    that one rank.
 
     Rows are `in_turns`'s, with `weights_gb_per_s`: bytes of weights read per decode step over the TPOT, in GB/s on all ranks
     together (compare it with the machine's memory bandwidth: batch 1 decode is bound by it), and `comm_share`: the part of
@@ -105,8 +106,9 @@ def decode(
     if threads is None and compare:
         threads = threads_per_rank(tp * pp * dp)
     rows = in_turns(
-        model, variants, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, dtype=dtype, threads=threads
-    )
+        model, variants, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats, dtype=dtype, threads=threads,
+        enforce_eager=enforce_eager,
+    )  # fmt: skip
     for row in rows:
         weights = sum(rank["weights_bytes"] for rank in row["ranks"])
         row["weights_gb_per_s"] = weights / row["tpot_ms"] / 1e6
