@@ -95,7 +95,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether PyTorch had better multiply x in float32. That a fake tensor needn't be."""
+    """Whether PyTorch had better multiply x in float32. (Not a fake tensor, whose operations are counted as they are.)"""
     return type(x) is torch.Tensor and x.is_cpu and is_slow(x.dtype)
 
 
