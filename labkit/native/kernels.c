@@ -91,6 +91,7 @@ static float *scratch(int use, size_t count) {
     return memory[use];
 }
 
+#ifdef __AVX512F__
 /* Sums over groups of `far` lanes, of two vectors: each group's halves are added up, b's behind a's. */
 INLINE vec fold(vec a, vec b, int far) {
     ints low;
@@ -106,6 +107,15 @@ INLINE vec sums(vec *v) {
         for (int i = 0; i < n; i++) v[i] = fold(v[2 * i], v[2 * i + 1], n);
     return v[0];
 }
+#else
+/* The sum of each of LANES vectors, in one. */
+INLINE vec sums(vec *v) {
+    __m256 *x = (__m256 *)v;
+    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return (vec)(_mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31));
+}
+#endif
 
 /* Rows of the tile that `rows` of them, up to 8, go into. */
 static size_t tile_rows(size_t rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
