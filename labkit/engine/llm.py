@@ -512,9 +512,9 @@ def chosen_dtype(asked: str, checkpoint: str) -> str:
     name = checkpoint if asked == "auto" else asked
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r} is not supported: use 'auto', {', '.join(map(repr, DTYPES))}")
-    in_c = DTYPES[name] in kernels.DTYPES and kernels.library()  # which reads half as much for a token
-    if asked == "auto" and not torch.cuda.is_available() and kernels.is_slow(DTYPES[name]) and not in_c:
-        return "float32"
+    if asked == "auto" and not torch.cuda.is_available() and kernels.is_slow(DTYPES[name]):
+        in_c = DTYPES[name] in kernels.DTYPES and kernels.library() is not None  # reads half as much for a token
+        return name if in_c else "float32"
     return name
 
 
