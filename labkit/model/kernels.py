@@ -95,8 +95,9 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether PyTorch had better multiply x in float32. (Not a fake tensor, whose operations are counted as they are.)"""
-    return type(x) is torch.Tensor and x.is_cpu and is_slow(x.dtype)
+    """Whether PyTorch had better multiply x (N, ...) in float32. Not if there are no rows, as of an expert without tokens; nor a
+    fake tensor, whose operations are counted as they are."""
+    return type(x) is torch.Tensor and x.is_cpu and len(x) > 0 and is_slow(x.dtype)
 
 
 def suiting(x: torch.Tensor, rows: int | None = None) -> Any:
