@@ -206,7 +206,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
         """Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
         c = kernels.suiting(x) if batch.size % kernels.TOKENS == 0 else None
-        if c and not batch.pieces and (self.by_tiles or len(x) <= kernels.ROWS):
+        if c and not batch.pieces and (self.by_tiles or x.shape[0] <= kernels.ROWS):
             return self.o.reduce(kernels.attention(c, self.in_c, batch.singles_in_c, x, k, v))
         qkv = self.qkv(kernels.rms_norm(x, self.norm, self.cfg.rms_eps))
         outs = self._outs_with_c(c, qkv, batch, k, v) if c else self._outs(qkv, batch, k, v)
