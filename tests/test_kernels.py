@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from labkit import LLM, SamplingParams
@@ -17,6 +17,7 @@ from labkit.model import experts, kernels
 pytestmark = pytest.mark.skipif(
     kernels.library() is None, reason="no compiled kernels: they need GCC, and a processor with AVX2 or AVX-512"
 )
+ROWS = st.integers(1, min(kernels.ROWS, 300))
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of a rounded result, relative to the largest one
 
@@ -30,21 +31,53 @@ def distance(mine: torch.Tensor, right: torch.Tensor) -> float:
     return ((mine.double() - right).abs().max() / right.abs().max().clamp(min=1)).item()
 
 
-@given(st.integers(1, kernels.ROWS), st.integers(1, 200), st.integers(1, 100), st.booleans(), DTYPES)
+def mlp(x: torch.Tensor, inner: int, biased: bool) -> tuple[kernels.MlpStruct, torch.Tensor]:
+    """An MLP as C is handed it, and what it makes of x."""
+    width, dtype = x.shape[1], x.dtype
+    norm, gate_up, down = (
+        randn(*n, dtype=dtype, seed=s) for s, n in ((3, (width,)), (4, (2 * inner, width)), (5, (width, inner)))
+    )
+    bias = randn(2 * inner, dtype=dtype, seed=6) if biased else None
+    struct = kernels.MlpStruct(
+        dtype=kernels.DTYPES[dtype], hidden=width, inner=inner, eps=1e-5, norm=norm, gate_up=gate_up, gate_up_bias=bias,
+        down=down,
+    )  # fmt: skip
+    normed = F.rms_norm(x.double(), (width,), norm.double(), 1e-5)
+    gate, up = F.linear(normed, gate_up.double(), None if bias is None else bias.double()).chunk(2, dim=1)
+    return struct, F.linear(F.silu(gate) * up, down.double())
+
+
+@given(ROWS, st.integers(1, 200), st.integers(1, 100), st.booleans(), DTYPES, st.integers(1, 2))
 @settings(max_examples=200, deadline=None)
-def test_linear(rows: int, width: int, out: int, biased: bool, dtype: torch.dtype) -> None:
+@example(130, 1600, 20, True, torch.bfloat16, 2)  # in parts of its width and of its rows
+def test_linear(rows: int, width: int, out: int, biased: bool, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
     x, w = randn(rows, width, dtype=dtype), randn(out, width, dtype=dtype, seed=1)
     bias = randn(out, dtype=dtype, seed=2) if biased else None
     right = F.linear(x.double(), w.double(), None if bias is None else bias.double())
     assert distance(kernels.linear(x, w, bias), right) < BOUND[dtype]
 
 
-@given(st.integers(1, kernels.ROWS), DTYPES)
+@given(ROWS, st.integers(1, 200), st.integers(1, 100), st.booleans(), DTYPES, st.integers(1, 2))
+@settings(max_examples=100, deadline=None)
+@example(260, 40, 60, True, torch.bfloat16, 2)  # more than are computed at once
+def test_mlp(rows: int, width: int, inner: int, biased: bool, dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x = randn(rows, width, dtype=dtype)
+    struct, right = mlp(x, inner, biased)
+    assert distance(kernels.mlp(kernels.library(), struct, x), right) < 4 * BOUND[dtype]
+
+
+@given(ROWS, st.integers(1, 16), DTYPES)
 @settings(max_examples=30, deadline=None)
-def test_a_row_comes_out_the_same_whatever_is_beside_it(rows: int, dtype: torch.dtype) -> None:
+def test_a_row_comes_out_the_same_whatever_is_beside_it(rows: int, fewer: int, dtype: torch.dtype) -> None:
+    """Among up to 8 rows, and among more."""
     x, w = randn(rows, 147, dtype=dtype), randn(83, 147, dtype=dtype, seed=1)
     together = kernels.linear(x, w)
-    assert all(torch.equal(kernels.linear(x[i : i + 1].clone(), w)[0], together[i]) for i in range(rows))
+    if rows <= 8:
+        assert all(torch.equal(kernels.linear(x[i : i + 1].clone(), w)[0], together[i]) for i in range(rows))
+    elif rows - fewer > 8:
+        assert torch.equal(kernels.linear(x[fewer:].clone(), w), together[fewer:])
 
 
 @given(st.integers(1, 40), st.integers(1, 100), DTYPES)
@@ -85,17 +118,7 @@ def test_products_by_tiles(rows: int, ins: int, outs: int, biased: bool, threads
     if rows <= kernels.TILED_ROWS:  # else it is PyTorch's, rounded
         assert distance(sums, right) < BOUND[torch.float32]
 
-    norm, gate_up, down = (
-        randn(*n, dtype=bf16, seed=s) for s, n in ((3, (width,)), (4, (2 * out, width)), (5, (width, out)))
-    )
-    gate_up_bias = randn(2 * out, dtype=bf16, seed=6) if biased else None
-    struct = kernels.MlpStruct(
-        dtype=1, hidden=width, inner=out, eps=1e-5, norm=norm, gate_up=gate_up, gate_up_bias=gate_up_bias, down=down
-    )
-    normed = F.rms_norm(x.double(), (width,), norm.double(), 1e-5)
-    both = F.linear(normed, gate_up.double(), None if gate_up_bias is None else gate_up_bias.double())
-    gate, up = both.chunk(2, dim=1)
-    right = F.linear(F.silu(gate) * up, down.double())
+    struct, right = mlp(x, out, biased)
     c = kernels.library()
     found = kernels.mlp(c, struct, x)
     assert distance(found, right) < 4 * BOUND[bf16]  # what it multiplies is rounded twice on the way
@@ -155,7 +178,10 @@ def no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "is_slow", lambda dtype: dtype != torch.float32)
 
 
-def test_without_bfloat16_many_rows_are_multiplied_in_float32(no_bfloat16: None) -> None:
+def test_without_bfloat16_or_c_rows_are_multiplied_in_float32(
+    no_bfloat16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
     x, w, bias = (randn(*shape, dtype=torch.bfloat16, seed=n) for n, shape in enumerate(((99, 144), (80, 144), (80,))))
     right = F.linear(x.double(), w.double(), bias.double())
     wide, narrow = kernels.linear(x, w, bias, wide=True), kernels.linear(x, w, bias)

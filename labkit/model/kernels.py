@@ -2,12 +2,13 @@
 
 A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
 longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
-between them costs more than it computes. For many rows C's products, and its attention of prompts, are the faster ones on a
-processor with AMX in bfloat16; elsewhere PyTorch's are, of float32 where the processor has no bfloat16, and C does what stands
-between them. LABKIT_KERNELS=torch in the environment leaves C out.
+between them costs more than it computes. For many rows C's products are the faster ones on a processor with AVX2 alone, for which
+PyTorch has none of bfloat16, and on one with AMX in bfloat16, where its attention of prompts is as well; elsewhere PyTorch's are,
+and C does what stands between them. LABKIT_KERNELS=torch in the environment leaves C out.
 """
 
 import ctypes
+import math
 import os
 from functools import cache
 from typing import Any
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from labkit import native
 
-# Up to which a product in C is the faster one without tiles. (With AVX2 PyTorch computes in float32 what is bfloat16.)
-ROWS = 64 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
+# Up to which a product in C is the faster one without tiles: with AVX2 any.
+ROWS = math.inf if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
 TILED_ROWS = 512  # and with them; an MLP always is
 TOKENS = 16  # a block of the cache holds a multiple of these
 TILE = 32  # widths are multiples of these where tiles compute
@@ -100,12 +101,12 @@ def widens(x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and x.is_cpu and len(x) > 0 and is_slow(x.dtype)
 
 
-def suiting(x: torch.Tensor, rows: int | None = None) -> Any:
+def suiting(x: torch.Tensor, rows: float = math.inf) -> Any:
     """The library, if C can and should work on x (N, ...): real memory of the host, not a fake tensor's, in a number format
     that it knows, N between 1 and `rows`. Else None."""
     if type(x) is not torch.Tensor or not x.is_cpu or x.dtype not in DTYPES or not x.is_contiguous():
         return None
-    return library() if x.shape[0] > 0 and (rows is None or x.shape[0] <= rows) else None
+    return library() if 0 < x.shape[0] <= rows else None
 
 
 def mlp(c: Any, struct: MlpStruct, x: torch.Tensor) -> torch.Tensor:

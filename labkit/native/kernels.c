@@ -1,11 +1,11 @@
-/* Half a layer in one call, for the few rows of a decode step, which reads each weight once and is as fast as memory; and what stands
-   between the matrix products, for any number of rows. Where the processor has tile registers, products of many rows and attention
-   of prompts as well (amx.h).
+/* Half a layer in one call: for the few rows of a decode step, which reads each weight once and is as fast as memory, and with AVX2
+   for many, which are as fast as the processor computes; and what stands between the matrix products, for any number of rows. Where
+   the processor has tile registers, products of many rows and attention of prompts by these (amx.h).
 
    Everything is summed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a row
-   is the same bits whatever rows are beside it, but that up to FEW and more may be rounded in different ways. Threads are OpenMP's,
-   from the pool that PyTorch's own operations use, so that threads of two pools don't wait for each other's cores. It knows nothing
-   of Python. */
+   is the same bits whatever rows are beside it, but that up to 8 (FEW, where there are tiles) and more may be rounded in different
+   ways. Threads are OpenMP's, from the pool that PyTorch's own operations use, so that threads of two pools don't wait for each
+   other's cores. It knows nothing of Python. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -20,10 +20,15 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* LANES: of a vector; a tile of a product has as many sums, and the rest of the registers for what is multiplied.
+   TALL: rows of x in a tile, at most.
+   APART: whether the rows of w in a tile are far apart, so that the processor sees that many streams and fetches ahead in each. As one
+   stream, tile after tile, a core of an AMD EPYC (Zen 2) reads SmolLM2's weights at 12 GB/s, as 8 streams at 22.
+   KEEP: how long caches had better keep weights (0: they should push nothing out; 2: in the second level). */
 #ifdef __AVX512F__
-enum { LANES = 16 };
+enum { LANES = 16, TALL = 8, APART = 0, KEEP = 2 };
 #else
-enum { LANES = 8 }; /* 16 registers: 8 sums, what is multiplied, and some to spare */
+enum { LANES = 8, TALL = 4, APART = 1, KEEP = 0 };
 #endif
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -74,6 +79,11 @@ INLINE float power(float x) {
     memcpy(&scale, &bits, 4);
     return series * scale;
 }
+
+enum { AT_ONCE = 128 }; /* rows up to which one product is of, so that what is made of them stays in caches */
+
+/* How many of `rows` are computed next: parts that are about as large as each other. */
+static size_t at_once(size_t rows) { return rows / ((rows + AT_ONCE - 1) / AT_ONCE); }
 
 enum { FEW = 2 }; /* rows up to which a product in vectors is as fast as one by tiles, where the processor has them */
 

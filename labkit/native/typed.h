@@ -11,10 +11,8 @@ static void NAME(narrow_all)(const float *x, T *y, size_t count) {
 /* -- products ------------------------------------------------------------------------------------------------------- */
 
 /* LANES sums for each of `rows` rows: y (rows, LANES) = x (rows, in) times w (LANES, in) transposed, LANES numbers at a time. The
-   rows of w are `stride` numbers apart.
-   The next LANES rows of w are fetched meanwhile, into the second-level cache, which the processor does not do by itself: without, a
-   decode step of SmolLM2 took 1.3 times as long. */
-INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t stride, const int rows) {
+   rows of w are `stride` numbers apart; what is `next` numbers on is fetched meanwhile. */
+INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t stride, size_t next, const int rows) {
     const int outs = LANES / rows;
     for (int first = 0; first < LANES; first += outs, w += outs * stride) {
         vec total[LANES] = {0}, weights[LANES];
@@ -22,7 +20,7 @@ INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t s
         for (; k + LANES <= in; k += LANES) {
             for (int o = 0; o < outs; o++) {
                 weights[o] = NAME(load)(w + o * stride + k);
-                __builtin_prefetch(w + (LANES + o) * stride + k, 0, 2);
+                __builtin_prefetch(w + o * stride + k + next, 0, KEEP);
             }
             for (int r = 0; r < rows; r++) {
                 vec values = load_f32(x + r * in + k);
@@ -40,6 +38,49 @@ INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t s
     }
 }
 
+/* What `linear` does, for many rows, where it is computing that takes the time. Lanes are rows of x, rearranged for that; each number
+   of w, widened, multiplies 2 LANES of them. What is used again and again stays in caches: OUTS x `deep` numbers of w in the first
+   level, AT_ONCE x `deep` of x in the second. */
+static void NAME(many)(const float *x, const T *w, const T *bias, float *y, size_t rows, size_t in, size_t out, int threads) {
+    enum { OUTS = 6, PANEL = 2 * LANES, DEEPEST = 768 };
+    size_t parts = (in + DEEPEST - 1) / DEEPEST, deep = (in + parts - 1) / parts, high = (rows + PANEL - 1) / PANEL * PANEL;
+    float *panels = scratch(FOR_TILES, high * deep);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (size_t from = 0, depth; from < in; from += depth) {
+        depth = in - from < deep ? in - from : deep;
+#pragma omp for
+        for (size_t r = 0; r < high; r++) { /* zeros fill up the last panel */
+            float *to = panels + r / PANEL * depth * PANEL + r % PANEL;
+            for (size_t k = 0; k < depth; k++) to[k * PANEL] = r < rows ? x[r * in + from + k] : 0;
+        }
+#pragma omp for
+        for (size_t first = 0; first < out; first += OUTS) {
+            size_t outs = out - first < OUTS ? out - first : OUTS;
+            const T *here = w + first * in + from;
+            float wide[OUTS][DEEPEST];
+            for (size_t o = 0; o < outs; o++) NAME(widen)(here + o * in, wide[o], depth);
+            for (size_t r = 0; r < high; r += PANEL) {
+                vec sum[OUTS][2] = {0};
+                const float *panel = panels + r * depth;
+                for (size_t k = 0; k < depth; k++, panel += PANEL) {
+                    if (r == 0 && k % 16 == 0) /* the next rows of w */
+                        for (size_t o = 0; o < OUTS; o++) __builtin_prefetch(here + (OUTS + o) * in + k, 0, 2);
+                    vec values[2] = {load_f32(panel), load_f32(panel + LANES)};
+                    for (int o = 0; o < OUTS; o++)
+                        for (int half = 0; half < 2; half++) sum[o][half] += values[half] * wide[o][k];
+                }
+                float some[OUTS][PANEL];
+                memcpy(some, sum, sizeof some);
+                for (size_t i = r; i < r + PANEL && i < rows; i++)
+                    for (size_t o = 0; o < outs; o++) {
+                        float *at = y + i * out + first + o;
+                        *at = (from ? *at : bias ? NAME(wide)(bias[first + o]) : 0) + some[o][i - r];
+                    }
+            }
+        }
+    }
+}
+
 /* y (rows, out) = x (rows, in) times w (out, in) transposed, plus bias (out,) unless NULL. */
 static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, size_t rows, size_t in, size_t out, int threads) {
     if (out < LANES) {
@@ -50,23 +91,32 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
             }
         return;
     }
-    size_t most = rows - rows % 8 + tile_rows(rows % 8);
-    if (most > rows) { /* rows of zeros fill up the last tile */
+    if (rows > 8) {
+        for (size_t r = 0, n; r < rows; r += n) {
+            n = at_once(rows - r);
+            NAME(many)(x + r * in, w, bias, y + r * out, n, in, out, threads);
+        }
+        return;
+    }
+    size_t most = tile_rows(rows), tiles = out / LANES;
+    if (most > rows) { /* rows of zeros fill up the tile */
         float *filled = memset(scratch(FOR_TILES, most * in), 0, most * in * sizeof(float));
         x = memcpy(filled, x, rows * in * sizeof(float));
     }
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (size_t t = 0; t < (out + LANES - 1) / LANES; t++) {
-        /* the last tile may overlap the one before it: the same numbers are written twice */
-        size_t first = (t + 1) * LANES <= out ? t * LANES : out - LANES;
+    for (size_t t = 0; t < tiles + (out % LANES > 0); t++) {
+        /* the last may overlap others: the same numbers are written twice */
+        size_t apart = APART && t < tiles ? tiles : 1, first = apart > 1 ? t : t < tiles ? t * LANES : out - LANES;
+        float sum[8 * LANES];
         for (size_t r = 0, n; r < most; r += n) {
-            float sum[8 * LANES];
-            n = most - r >= 8 ? 8 : most - r;
-            FOR_ROWS_OF(n, NAME(tile), x + r * in, w + first * in, sum, in, in);
-            for (size_t i = 0; i < n && r + i < rows; i++)
-                for (size_t o = 0; o < LANES; o++)
-                    y[(r + i) * out + first + o] = sum[i * LANES + o] + (bias ? NAME(wide)(bias[first + o]) : 0);
+            n = most < TALL ? most : TALL;
+            FOR_ROWS_OF(n, NAME(tile), x + r * in, w + first * in, sum + r * LANES, in, apart * in, apart > 1 ? 384 : LANES * in);
         }
+        for (size_t r = 0; r < rows; r++)
+            for (size_t o = 0; o < LANES; o++) {
+                size_t at = first + o * apart;
+                y[r * out + at] = sum[r * LANES + o] + (bias ? NAME(wide)(bias[at]) : 0);
+            }
     }
 }
 
@@ -137,7 +187,7 @@ static void NAME(look)(const Attention *a, const Step *s, size_t n, size_t kv, s
     k += kv * d, v += kv * d;
     for (size_t t = 0; t < context; t += LANES) {
         float some[8 * LANES];
-        FOR_ROWS_OF(rows, NAME(tile), own, k + (blocks[t / s->size] * s->size + t % s->size) * token, some, d, token);
+        FOR_ROWS_OF(rows, NAME(tile), own, k + (blocks[t / s->size] * s->size + t % s->size) * token, some, d, token, LANES * token);
         size_t count = context - t < LANES ? context - t : LANES;
         for (size_t r = 0; r < heads; r++) memcpy(p + r * context + t, some + r * LANES, count * sizeof(float));
     }
@@ -179,16 +229,19 @@ static void NAME(attend)(const Attention *a, const Step *s, float *qkv, T *k_cac
 
 /* -- what kernels.c hands to Python ------------------------------------------------------------------------------------- */
 
-static float *NAME(normed)(const T *x, const T *weight, size_t rows, size_t width, float eps) {
+static float *NAME(normed)(const T *x, const T *weight, size_t rows, size_t width, float eps, int threads) {
     float *y = scratch(FOR_ROWS, rows * width);
-    NAME(widen)(x, y, rows * width);
-    for (size_t r = 0; r < rows; r++) NAME(norm)(y + r * width, weight, width, eps);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 8)
+    for (size_t r = 0; r < rows; r++) {
+        NAME(widen)(x + r * width, y + r * width, width);
+        NAME(norm)(y + r * width, weight, width, eps);
+    }
     return y;
 }
 
 static void NAME(attention)(const Attention *a, const Step *s, const T *x, T *k, T *v, T *y) {
     size_t rows = s->rows, each = all_heads(a), inner = a->heads * a->width;
-    float *in = NAME(normed)(x, a->norm, rows, a->hidden, a->eps);
+    float *in = NAME(normed)(x, a->norm, rows, a->hidden, a->eps, s->threads);
     float *qkv = scratch(FOR_SUMS, rows * (each + inner + a->hidden)), *out = qkv + rows * each, *sum = out + rows * inner;
     NAME(linear)(in, a->qkv, a->qkv_bias, qkv, rows, a->hidden, each, s->threads);
     NAME(attend)(a, s, qkv, k, v, out);
@@ -197,28 +250,36 @@ static void NAME(attention)(const Attention *a, const Step *s, const T *x, T *k,
 }
 
 static void NAME(mlp)(const Mlp *m, size_t rows, int threads, const T *x, T *y) {
-    size_t inner = m->inner;
-    float *in = NAME(normed)(x, m->norm, rows, m->hidden, m->eps);
-    float *both = scratch(FOR_SUMS, rows * (2 * inner + m->hidden)), *sum = both + rows * 2 * inner;
-    NAME(linear)(in, m->gate_up, m->gate_up_bias, both, rows, m->hidden, 2 * inner, threads);
-    for (size_t r = 0; r < rows; r++) /* from the left, so nothing is read after it was written over */
-        swiglu(both + r * 2 * inner, both + r * 2 * inner + inner, both + r * inner, inner);
-    NAME(linear)(both, m->down, NULL, sum, rows, inner, m->hidden, threads);
-    NAME(narrow_all)(sum, y, rows * m->hidden);
+    size_t hidden = m->hidden, inner = m->inner, most = rows < AT_ONCE ? rows : AT_ONCE;
+    float *both = scratch(FOR_SUMS, most * (3 * inner + hidden)), *gated = both + most * 2 * inner, *sum = gated + most * inner;
+    for (size_t from = 0, n; from < rows; from += n, x += n * hidden, y += n * hidden) {
+        n = at_once(rows - from);
+        float *in = NAME(normed)(x, m->norm, n, hidden, m->eps, threads);
+        NAME(linear)(in, m->gate_up, m->gate_up_bias, both, n, hidden, 2 * inner, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && n > 8)
+        for (size_t r = 0; r < n; r++) swiglu(both + r * 2 * inner, both + r * 2 * inner + inner, gated + r * inner, inner);
+        NAME(linear)(gated, m->down, NULL, sum, n, inner, hidden, threads);
+        NAME(narrow_all)(sum, y, n * hidden);
+    }
 }
 
 static void NAME(single_linear)(const T *x, const T *w, const T *bias, void *y, int wide, size_t rows, size_t in, size_t out,
                                 int threads) {
-    float *values = scratch(FOR_ROWS, rows * in), *sum = wide ? y : scratch(FOR_SUMS, rows * out);
-    NAME(widen)(x, values, rows * in);
-    NAME(linear)(values, w, bias, sum, rows, in, out, threads);
-    if (!wide) NAME(narrow_all)(sum, y, rows * out);
+    size_t most = rows < AT_ONCE ? rows : AT_ONCE;
+    float *values = scratch(FOR_ROWS, most * in), *sum = scratch(FOR_SUMS, wide ? 0 : most * out);
+    for (size_t from = 0, n; from < rows; from += n) {
+        n = at_once(rows - from);
+        if (wide) sum = (float *)y + from * out;
+        NAME(widen)(x + from * in, values, n * in);
+        NAME(linear)(values, w, bias, sum, n, in, out, threads);
+        if (!wide) NAME(narrow_all)(sum, (T *)y + from * out, n * out);
+    }
 }
 
 static void NAME(rms_norm)(const T *x, const T *weight, T *y, size_t rows, size_t width, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows > 8)
     for (size_t r = 0; r < rows; r++)
-        NAME(narrow_all)(NAME(normed)(x + r * width, weight, 1, width, eps), y + r * width, width);
+        NAME(narrow_all)(NAME(normed)(x + r * width, weight, 1, width, eps, 1), y + r * width, width);
 }
 
 static void NAME(gated)(const T *gate_up, T *y, size_t rows, size_t width, int threads) {
