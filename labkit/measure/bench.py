@@ -6,6 +6,7 @@ On a shared machine speed changes from minute to minute: compare rows of one cal
 import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
 from labkit.launch.local import in_torchrun, threads_per_rank
 from labkit.links import Link
+from labkit.model import kernels
 from labkit.model.find import TINY_MOE, find
 from labkit.parallel.expert import EXCHANGES
 from labkit.parallel.overlap import MODES
@@ -330,16 +332,20 @@ def _comm_ms(row: Row, field: str) -> float:
 
 
 def memory_bandwidth(threads: int = 1, megabytes: int = 256, repeats: int = 7) -> float:
-    """GB/s at which `threads` threads of this process read memory: the median of summing a tensor that no cache holds."""
+    """GB/s at which `threads` threads of this process read memory that no cache holds: the better of two medians, of summing it
+    and of multiplying it with one row, as a decode step does with weights. (Processors differ in which they read faster.)"""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        x = torch.ones(megabytes * 250_000)  # float32: 4 bytes each
-        seconds = []
-        for _ in range(repeats + 1):
-            began = time.perf_counter()
-            x.sum()
-            seconds.append(time.perf_counter() - began)
-        return x.numel() * 4 / median(seconds[1:]) / 1e9
+        x, row = torch.ones(megabytes * 250, 2000, dtype=torch.bfloat16), torch.ones(1, 2000, dtype=torch.bfloat16)
+        rates = []
+        for read in (x.view(torch.float32).sum, partial(kernels.linear, row, x)):
+            seconds = []
+            for _ in range(repeats + 1):
+                began = time.perf_counter()
+                read()
+                seconds.append(time.perf_counter() - began)
+            rates.append(x.nbytes / median(seconds[1:]) / 1e9)
+        return max(rates)
     finally:
         torch.set_num_threads(before)
