@@ -93,6 +93,7 @@ def page(server):
 
 
 def run_all(page):
+    page.locator(f"{SHOWN} .jp-Cell").first.click()  # or the menu may still be of the notebook that was shown before
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
 
