@@ -118,7 +118,7 @@ def predict(
 
         if recalibrate:
             local.forget()
-        print("what is not known of this machine yet is measured first, up to a minute a setting", file=sys.stderr)
+        print("what is not known of this machine yet is measured first: a minute or two a setting", file=sys.stderr)
     if validate and hardware == "local":
         rows = local.compared(model)
         errors = [abs(row["error"]) for row in rows]
