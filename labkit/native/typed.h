@@ -98,7 +98,7 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
         }
         return;
     }
-    size_t most = tile_rows(rows), tiles = out / LANES;
+    size_t most = tile_rows(rows), tall = most < TALL ? most : TALL, tiles = out / LANES;
     if (most > rows) { /* rows of zeros fill up the tile */
         float *filled = memset(scratch(FOR_TILES, most * in), 0, most * in * sizeof(float));
         x = memcpy(filled, x, rows * in * sizeof(float));
@@ -106,12 +106,10 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (size_t t = 0; t < tiles + (out % LANES > 0); t++) {
         /* the last may overlap others: the same numbers are written twice */
-        size_t apart = APART && t < tiles ? tiles : 1, first = apart > 1 ? t : t < tiles ? t * LANES : out - LANES;
+        size_t apart = APART && t < tiles ? tiles : 1, first = t == tiles ? out - LANES : APART ? t : t * LANES;
         float sum[8 * LANES];
-        for (size_t r = 0, n; r < most; r += n) {
-            n = most < TALL ? most : TALL;
-            FOR_ROWS_OF(n, NAME(tile), x + r * in, w + first * in, sum + r * LANES, in, apart * in, apart > 1 ? 384 : LANES * in);
-        }
+        for (size_t r = 0; r < most; r += tall) /* fetched meanwhile: what follows in each stream, or the next tile */
+            FOR_ROWS_OF(tall, NAME(tile), x + r * in, w + first * in, sum + r * LANES, in, apart * in, APART ? 384 : LANES * in);
         for (size_t r = 0; r < rows; r++)
             for (size_t o = 0; o < LANES; o++) {
                 size_t at = first + o * apart;
