@@ -3,7 +3,7 @@
    the processor has tile registers, products of many rows and attention of prompts by these (amx.h).
 
    Everything is summed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a row
-   is the same bits whatever rows are beside it, but that up to 8 (FEW, where there are tiles) and more may be rounded in different
+   is the same bits whatever rows are beside it, but that up to MANY (FEW, where there are tiles) and more may be rounded in different
    ways. Threads are OpenMP's, from the pool that PyTorch's own operations use, so that threads of two pools don't wait for each
    other's cores. It knows nothing of Python. */
 
@@ -80,6 +80,7 @@ INLINE float power(float x) {
     return series * scale;
 }
 
+enum { MANY = 24 }; /* rows above which `many` is the faster way to a product */
 enum { AT_ONCE = 128 }; /* rows up to which one product is of, so that what is made of them stays in caches */
 
 /* How many of `rows` are computed next: parts that are about as large as each other. */

@@ -10,31 +10,38 @@ static void NAME(narrow_all)(const float *x, T *y, size_t count) {
 
 /* -- products ------------------------------------------------------------------------------------------------------- */
 
-/* LANES sums for each of `rows` rows: y (rows, LANES) = x (rows, in) times w (LANES, in) transposed, LANES numbers at a time. The
-   rows of w are `stride` numbers apart; what is `next` numbers on is fetched meanwhile. */
-INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t stride, size_t next, const int rows) {
-    const int outs = LANES / rows;
-    for (int first = 0; first < LANES; first += outs, w += outs * stride) {
-        vec total[LANES] = {0}, weights[LANES];
-        size_t k = 0;
-        for (; k + LANES <= in; k += LANES) {
-            for (int o = 0; o < outs; o++) {
-                weights[o] = NAME(load)(w + o * stride + k);
-                __builtin_prefetch(w + o * stride + k + next, 0, KEEP);
-            }
-            for (int r = 0; r < rows; r++) {
-                vec values = load_f32(x + r * in + k);
-                __asm__("" : "+v"(values)); /* a register: GCC would load it once for each product */
-                for (int o = 0; o < outs; o++) total[r * outs + o] += values * weights[o];
-            }
+/* The lanes of sums of products: total (rows, LANES vectors) of x (rows, in) and the first `outs` rows of w, of which total begins
+   with the first. The rows of w are `stride` numbers apart; what is `next` numbers on is fetched meanwhile. */
+INLINE void NAME(dots)(const float *x, const T *w, vec *total, size_t in, size_t stride, size_t next, const int rows,
+                       const int outs) {
+    vec sum[16] = {0}, weights[LANES];
+    for (size_t k = 0; k + LANES <= in; k += LANES) {
+        for (int o = 0; o < outs; o++) {
+            weights[o] = NAME(load)(w + o * stride + k);
+            __builtin_prefetch(w + o * stride + k + next, 0, KEEP);
         }
-        vec all = sums(total);
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < outs; o++) {
-                float sum = all[r * outs + o];
-                for (size_t rest = k; rest < in; rest++) sum += x[r * in + rest] * NAME(wide)(w[o * stride + rest]);
-                y[r * LANES + first + o] = sum;
-            }
+        for (int r = 0; r < rows; r++) {
+            vec values = load_f32(x + r * in + k);
+            __asm__("" : "+v"(values)); /* a register: GCC would load it once for each product */
+            for (int o = 0; o < outs; o++) sum[r * outs + o] += values * weights[o];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < outs; o++) total[r * LANES + o] = sum[r * outs + o];
+}
+
+/* LANES sums for each of `rows` rows: y (rows, LANES) = x (rows, in) times w (LANES, in) transposed; stride, next: see `dots`. */
+INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t stride, size_t next, const int rows) {
+    /* With 16 registers 4 rows by 3: with no more than 8 sums, each would have to wait for itself. */
+    const int outs = LANES == 8 && rows == 4 ? 3 : LANES / rows, left = LANES % outs, most = LANES - left;
+    vec total[8 * LANES];
+    for (int o = 0; o < most; o += outs) NAME(dots)(x, w + o * stride, total + o, in, stride, next, rows, outs);
+    if (left) NAME(dots)(x, w + most * stride, total + most, in, stride, next, rows, left);
+    for (int r = 0; r < rows; r++) {
+        vec all = sums(total + r * LANES);
+        memcpy(y + r * LANES, &all, sizeof all);
+        for (size_t k = in / LANES * LANES; k < in; k++)
+            for (int o = 0; o < LANES; o++) y[r * LANES + o] += x[r * in + k] * NAME(wide)(w[o * stride + k]);
     }
 }
 
@@ -91,14 +98,14 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
             }
         return;
     }
-    if (rows > 8) {
+    if (rows > MANY) {
         for (size_t r = 0, n; r < rows; r += n) {
             n = at_once(rows - r);
             NAME(many)(x + r * in, w, bias, y + r * out, n, in, out, threads);
         }
         return;
     }
-    size_t most = tile_rows(rows), tall = most < TALL ? most : TALL, tiles = out / LANES;
+    size_t tall = rows < TALL ? tile_rows(rows) : TALL, most = (rows + tall - 1) / tall * tall, tiles = out / LANES;
     if (most > rows) { /* rows of zeros fill up the tile */
         float *filled = memset(scratch(FOR_TILES, most * in), 0, most * in * sizeof(float));
         x = memcpy(filled, x, rows * in * sizeof(float));
@@ -107,7 +114,7 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
     for (size_t t = 0; t < tiles + (out % LANES > 0); t++) {
         /* the last may overlap others: the same numbers are written twice */
         size_t apart = APART && t < tiles ? tiles : 1, first = t == tiles ? out - LANES : APART ? t : t * LANES;
-        float sum[8 * LANES];
+        float sum[MANY * LANES];
         for (size_t r = 0; r < most; r += tall) /* fetched meanwhile: what follows in each stream, or the next tile */
             FOR_ROWS_OF(tall, NAME(tile), x + r * in, w + first * in, sum + r * LANES, in, apart * in, APART ? 384 : LANES * in);
         for (size_t r = 0; r < rows; r++)
