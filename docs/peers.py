@@ -16,8 +16,8 @@ import venv
 from pathlib import Path
 from statistics import median
 
-from labkit.measure.bench import memory_bandwidth
 from labkit.measure.machine import hardware
+from labkit.measure.roofline import memory_bandwidth
 from labkit.model.find import find
 
 ROOT = Path(__file__).parents[1]

@@ -92,6 +92,7 @@ def test_bench_decode() -> None:
     check_report(row, {"tp": 1, "pp": 2, "dp": 1, "ep": 1})
     assert len(row["tpot_ms_all"]) == 3 and row["tpot_ms"] == row["tpot_ms_all"][1]
     assert row["weights_gb_per_s"] > 0
+    assert row["roofline_share"] > 0 and row["memory_gb_per_s"] > 0 and row["tflops"] > 0
 
 
 def test_bench_decode_compares_with_sockets_and_one_rank() -> None:

@@ -49,7 +49,10 @@ def bench_decode(
     compare: Annotated[bool, typer.Option(help="also through sockets alone, and one rank, taking turns")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decode speed: time per output token, tokens/s, and the part of it spent in communication."""
+    """Decode speed: time per output token, tokens/s, and the part of it spent in communication.
+
+    The roofline share is the least time that memory and arithmetic, as measured meanwhile, allow for it, over the time taken.
+    """
     from labkit.measure.bench import decode
 
     rows = decode(
@@ -59,8 +62,8 @@ def bench_decode(
 
     def show() -> None:
         show_report(rows[0])
-        if compare:
-            _table(rows, ("name", "tpot_ms", "comm_share", "weights_gb_per_s", "speedup", "same_tokens"))
+        compared = ("speedup", "same_tokens") if compare else ()
+        _table(rows, ("name", "tpot_ms", "comm_share", "memory_gb_per_s", "roofline_share", *compared))
 
     finish({"results": rows}, as_json, show)
 
@@ -83,14 +86,15 @@ def bench_prefill(
     compare: Annotated[bool, typer.Option(help="TP against PP, without a link and with it, taking turns")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prefill speed: seconds until all prompts have their first token."""
+    """Prefill speed: seconds until all prompts have their first token, and the share that the machine's roofline allows."""
     from labkit.measure.bench import prefill
 
     rows = prefill(
         model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, step=step, repeats=repeats,
         threads=threads, link=link, overlap=overlap, compare=compare,
     )  # fmt: skip
-    finish({"results": rows}, as_json, lambda: _table(rows, ("name", "seconds", "prompt_tokens_per_s", "same_tokens")))
+    columns = ("name", "seconds", "prompt_tokens_per_s", "tflops", "roofline_share", "same_tokens")
+    finish({"results": rows}, as_json, lambda: _table(rows, columns))
 
 
 @bench.command("pipeline")
@@ -120,7 +124,7 @@ def bench_pipeline(
         repeats=repeats,
         threads=threads,
     )
-    columns = ("name", "batch", "throughput", "gain", "tpot_ms", "bubble_fraction", "same_tokens")
+    columns = ("name", "throughput", "gain", "tpot_ms", "bubble_fraction", "same_tokens")
     finish({"results": rows}, as_json, lambda: _table(rows, columns))
 
 
@@ -238,10 +242,11 @@ def bench_serve(
     def show() -> None:
         first = rows[0]
         low, high = first["prompt_tokens"]
-        print(f"{first['model']}, {first['name']}, {first['dtype']}; {first['hardware']}")
+        threads = f", {first['threads_per_rank']} thread(s) per rank" if first["threads_per_rank"] else ""
+        print(f"{first['model']}, {first['name']}, {first['dtype']}{threads}; {first['hardware']}")
         print(f"{low} to {high} prompt tokens, {first['new_tokens'][0]} to {first['new_tokens'][1]} generated")
         figures = [f"{name}{part}_ms" for name in ("ttft", "tpot", "itl", "e2e") for part in ("", "_p95", "_p99")]
-        names = ("requests", "achieved_per_s", "tokens_per_s", *figures, "queue_ms", "preemptions")
+        names = ("requests", "achieved_per_s", "tokens_per_s", *figures, "queue_ms", "preemptions", "roofline_share")
         table = Table("requests/s", *(f"{row['rate']:.3g}" for row in rows))
         for name in names:
             table.add_row(name.replace("_", " "), *(cell(row[name]) for row in rows))
@@ -299,26 +304,41 @@ def bench_collectives(
 
 def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     """One line for each row, and before them what all have in common."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     said = [
-        (row["model"], degrees(row), row["dtype"], f"batch {row['batch']}", f"{row['prompt_tokens']} prompt tokens")
+        (
+            row["model"],
+            degrees(row),
+            row["dtype"],
+            f"{row['threads_per_rank']} thread(s) per rank",
+            f"batch {row['batch']}",
+            f"{row['prompt_tokens']} prompt tokens",
+        )
         for row in rows
     ]
     common = [values[0] for values in zip(*said, strict=True) if len(set(values)) == 1]
-    table = Table(title=f"{', '.join(common)}; {rows[0]['hardware']}")
+    table = Table(title=f"{', '.join(common)}; {rows[0]['hardware']}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     linked = [row for row in rows if row.get("link")]
-    for name in (*columns, *(("link: Gbit/s asked, measured",) if linked else ())):
-        table.add_column(name.replace("_", " "), no_wrap=name == "name")
-    for row in rows:
-        link = row.get("link")
-        rates = (
-            [f"{link['asked_gbit_per_s']:.3g}, {link['measured_gbit_per_s']:.3g}" if link else "-"] if linked else []
-        )
-        table.add_row(*(cell(row[c]) for c in columns), *rates)
+    cells = {name.replace("_", " "): [_with_range(row, name) for row in rows] for name in columns}
+    if len({row["link"]["asked_gbit_per_s"] if row.get("link") else None for row in rows}) > 1:
+        cells["link, Gbit/s"] = [cell(row["link"]["asked_gbit_per_s"] if row.get("link") else None) for row in rows]
+    for name, column in cells.items():  # as wide as their longest word, so that there is room for names
+        width = max(len(word) for text in (name, *column) for word in text.split())
+        table.add_column(name, min_width=width, max_width=None if name == "name" else width)
+    for line in zip(*cells.values(), strict=True):
+        table.add_row(*line)
     console.print(table)
     for text in sorted({row["link"]["label"] for row in linked}):
-        console.print(f"link: {text}")
+        rates = sorted(row["link"]["measured_gbit_per_s"] for row in linked if row["link"]["label"] == text)
+        console.print(f"link: {text}; measured {cell(rates[0])} to {cell(rates[-1])} Gbit/s")
+
+
+def _with_range(row: dict[str, Any], column: str) -> str:
+    """A figure; of several times that a run took, the median and their range."""
+    every = row[f"{column}_all"] if column in ("seconds", "tpot_ms") and row[column] is not None else []
+    return cell(row[column]) + (f" ({cell(every[0])}-{cell(every[-1])})" if len(every) > 1 else "")
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -63,7 +63,7 @@ class AsyncLLM:
         self._by_id: dict[str, _Caller] = {}
         self._next = 0
         self._progress: dict[int, Progress] = {}  # the last of each replica
-        self._totals = {"prompt_tokens": 0, "generation_tokens": 0}
+        self._totals = {"steps": 0, "prompt_tokens": 0, "generation_tokens": 0}
         self._failed: BaseException | None = None
         self._group.send(LIVE)
         self._reader = threading.Thread(target=self._read, name="labkit-reader", daemon=True)
@@ -136,7 +136,7 @@ class AsyncLLM:
 
     def stats(self) -> dict[str, int]:
         """Where the engine stands: requests running and waiting, blocks of KV cache used and there, on all replicas together;
-        preemptions, restarts, and tokens of prompts and outputs served so far."""
+        preemptions, restarts, steps that gave tokens, and tokens of prompts and outputs served so far."""
         seen = self._progress.values()
         fields = {"running": "running", "waiting": "waiting", "kv_blocks_used": "blocks_used", "kv_blocks": "blocks"}
         sums = {name: sum(getattr(p, field) for p in seen) for name, field in fields.items()}
@@ -208,6 +208,7 @@ class AsyncLLM:
                 continue
             for step in message:
                 self._progress[step.replica] = step
+                self._totals["steps"] += 1
                 self._totals["generation_tokens"] += len(step.tokens)
                 self._in_flight.take(step.tokens)
                 for token in step.tokens:

@@ -313,6 +313,7 @@ class Engine:
             "peak_rss_bytes": _peak_rss(),
             "bubble_fraction": 1 - steps / span if steps else 0.0,
             "prompt_tokens": counts.prompt_tokens,
+            "prefill_steps": counts.prefill_steps,
             "decode_tokens": counts.decode_tokens,
             "decode_steps": counts.decode_steps,
             "recomputed_tokens": counts.recomputed_tokens,

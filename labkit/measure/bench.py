@@ -4,9 +4,7 @@ On a shared machine speed changes from minute to minute: compare rows of one cal
 """
 
 import os
-import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +15,7 @@ from labkit.engine.llm import LLM
 from labkit.engine.requests import SamplingParams
 from labkit.launch.local import in_torchrun, threads_per_rank
 from labkit.links import Link
-from labkit.model import kernels
+from labkit.measure import roofline
 from labkit.model.find import TINY_MOE, find
 from labkit.parallel.expert import EXCHANGES
 from labkit.parallel.overlap import MODES
@@ -40,8 +38,10 @@ def in_turns(
         repeats: rounds that count, after one to warm up.
 
     Returns a row for each variant: the report (`LLM.report`) of its median run, by TPOT or, for one token, by time, with
-    `name`, `seconds`, all `seconds_all` and `ttft_ms_all` (sorted), the workload, and `same_tokens`: whether it generated what
-    the first did, for the prompts that both served.
+    `name`, `seconds`, all `seconds_all`, `tpot_ms_all` and `ttft_ms_all` (sorted), the workload, and `same_tokens`: whether it
+    generated what the first did, for the prompts that both served. What all its cores or GPUs reach together, measured in each
+    round (not under torchrun, then None): `memory_gb_per_s`, and of products `tflops`; `roofline_share`: the least time that a
+    step of decode, or for one token all the prefill, takes with that, over the time that it took.
     """
     if min(batch, prompt, tokens, repeats) < 1:
         raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
@@ -50,6 +50,7 @@ def in_turns(
     llms: dict[str, LLM] = {}
     runs: dict[str, list[Row]] = {name: [] for name in variants}
     ids: dict[str, list[list[int]]] = {}
+    roofs: dict[tuple[str, int, str], list[roofline.Roof]] = {}  # by what computes together
     try:
         for name, arguments in variants.items():
             own = {key: value for key, value in arguments.items() if key != "batch"}
@@ -66,6 +67,8 @@ def in_turns(
                 ids[name] = [output.outputs[0].token_ids for output in outputs]
                 report = llm.report()
                 runs[name].append(report | {"seconds": batches[name] * tokens / report["tokens_per_s"]})
+            for workers in {roofline.workers(run[-1]) for run in runs.values()} if not in_torchrun() else ():
+                roofs.setdefault(workers, []).append(roofline.measure(*workers))
     finally:
         for llm in llms.values():
             llm.close()
@@ -80,7 +83,25 @@ def in_turns(
             "tpot_ms_all": [r["tpot_ms"] for r in ranked], "ttft_ms_all": sorted(r["ttft_ms"] for r in ranked),
             "same_tokens": ids[name][:both] == first[:both],
         })  # fmt: skip
+        rows[-1] |= _under(rows[-1], roofs.get(roofline.workers(rows[-1]), []))
     return rows
+
+
+def _under(row: Row, roofs: Sequence[roofline.Roof]) -> Row:
+    """The roof, in the median of the rounds, and the row's share of it."""
+    if not roofs:
+        return dict.fromkeys(("memory_gb_per_s", "tflops", "roofline_share"))
+    roof = roofline.Roof(median(r.memory_gb_per_s for r in roofs), median(r.tflops for r in roofs))
+    layout, batch, prompt, new = row["layout"], row["batch"], row["prompt_tokens"], row["new_tokens"]
+    replicas = 1 if layout["ep"] > 1 else layout["dp"]  # that read the weights each for itself
+    if new > 1:
+        passes, tokens, took = min(batch, replicas * layout["pp"]), batch, row["tpot_ms"] / 1e3
+        kv = pairs = batch * (prompt + new / 2)
+    else:
+        passes, tokens, took = replicas * row["ranks"][0]["prefill_steps"], batch * prompt, row["seconds"]
+        kv, pairs = 0, batch * prompt**2 / 2
+    least = roof.seconds(row["model"], row["dtype"], passes, tokens=tokens, sequences=batch, kv_tokens=kv, pairs=pairs)
+    return {"memory_gb_per_s": roof.memory_gb_per_s, "tflops": roof.tflops, "roofline_share": least / took}
 
 
 def decode(
@@ -329,23 +350,3 @@ def _comm_ms(row: Row, field: str) -> float:
     """Milliseconds of prefill communication, of all prompts together."""
     tokens = row["batch"] * row["prompt_tokens"]
     return sum(c[field] for c in row["comm"] if c["phase"] == "prefill") * tokens
-
-
-def memory_bandwidth(threads: int = 1, megabytes: int = 256, repeats: int = 7) -> float:
-    """GB/s at which `threads` threads of this process read memory that no cache holds: the better of two medians, of summing it
-    and of multiplying it with one row, as a decode step does with weights. (Processors differ in which they read faster.)"""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        x, row = torch.ones(megabytes * 250, 2000, dtype=torch.bfloat16), torch.ones(1, 2000, dtype=torch.bfloat16)
-        rates = []
-        for read in (x.view(torch.float32).sum, partial(kernels.linear, row, x)):
-            seconds = []
-            for _ in range(repeats + 1):
-                began = time.perf_counter()
-                read()
-                seconds.append(time.perf_counter() - began)
-            rates.append(x.nbytes / median(seconds[1:]) / 1e9)
-        return max(rates)
-    finally:
-        torch.set_num_threads(before)

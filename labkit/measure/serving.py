@@ -23,6 +23,7 @@ import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from labkit.measure import roofline
 from labkit.measure.bench import Row
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.9, 1.1)  # of the capacity: the rates by default
@@ -55,6 +56,7 @@ class Served:
 
     due: float
     pieces: list[float]
+    prompt_tokens: int
     tokens: int
 
     @property
@@ -117,8 +119,10 @@ def serve(
     last one's end, and `tokens_per_s`, generated (both lag a little behind at any rate: the last ones must end); of `ttft`,
     `tpot`, `itl` (between pieces of a stream) and `e2e` the median as `ttft_ms`, and `ttft_p95_ms`, `ttft_p99_ms`; `queue_ms`,
     the mean wait until a request was first computed, and `preemptions`, both by the server's /metrics; `capacity_per_s`, where
-    it was measured; the work, and what the server says of itself. Above capacity the queue grows as long as requests come, so
-    figures depend on `seconds`.
+    it was measured; `roofline_share`, of a server of its own: the least time that its steps would take with the memory and
+    arithmetic of its cores or GPUs, measured behind each load, over the time until the last request's end (small for a server
+    that waits for requests); the work, and what the server says of itself. Above capacity the queue grows as long as requests
+    come, so figures depend on `seconds`.
 
     Raises ValueError or OSError where the server can't start or doesn't answer.
     """
@@ -129,12 +133,14 @@ def serve(
     arguments += ["--max-num-seqs", str(max_num_seqs), "--max-model-len", str(prompt[1] + output[1])]
     arguments += ["--ep"] * ep + (["--threads", str(threads)] if threads else [])
     with contextlib.nullcontext() if url else server(*arguments) as own:
-        sweep = _sweep(own.url if own else url, work, list(rates), fractions, seconds)
+        sweep = _sweep(own.url if own else url, bool(own), work, list(rates), fractions, seconds)
         # In a thread of its own, since a notebook's has an event loop already.
         return ThreadPoolExecutor(1).submit(asyncio.run, sweep).result()
 
 
-async def _sweep(url: str, work: Work, rates: list[float], fractions: Sequence[float], seconds: float) -> list[Row]:
+async def _sweep(
+    url: str, own: bool, work: Work, rates: list[float], fractions: Sequence[float], seconds: float
+) -> list[Row]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         try:
@@ -160,6 +166,7 @@ async def _sweep(url: str, work: Work, rates: list[float], fractions: Sequence[f
                     "ranks": card.get("ranks", []), "comm": [], "bubble_fraction": None, "batch": clients,
                     "prompt_tokens": list(work.prompt), "new_tokens": list(work.output), "requests": len(served),
                     "rate": rate, "capacity_per_s": capacity, **_figures(served), **_waits(before, after),
+                    "roofline_share": _share(card, served, before, after) if own else None,
                 })  # fmt: skip
             return rows
         except httpx.HTTPError as error:
@@ -185,7 +192,7 @@ async def _ask(client: httpx.AsyncClient, model: str, job: Job, began: float, du
                 pieces.append(time.perf_counter() - began)
             else:
                 count = data["usage"]["completion_tokens"]
-    return Served(due, pieces, count)
+    return Served(due, pieces, len(prompt), count)
 
 
 async def _load(client: httpx.AsyncClient, model: str, work: Work, rate: float, seconds: float) -> list[Served]:
@@ -249,3 +256,16 @@ def _waits(before: dict[str, float], after: dict[str, float]) -> Row:
     count = new.get("request_queue_time_seconds_count")
     waited = new["request_queue_time_seconds_sum"] / count * 1e3 if count else None
     return {"queue_ms": waited, "preemptions": new.get("num_preemptions_total")}
+
+
+def _share(card: Row, served: Sequence[Served], before: dict[str, float], after: dict[str, float]) -> float:
+    steps = after["engine_steps_total"] - before["engine_steps_total"]
+    if card["layout"]["ep"] > 1:
+        steps /= card["layout"]["dp"]  # which take each step together
+    kv = sum(each.tokens * (each.prompt_tokens + each.tokens / 2) for each in served)
+    least = roofline.measure(*roofline.workers(card)).seconds(
+        card["id"], card["dtype"], steps, tokens=sum(each.prompt_tokens + each.tokens for each in served),
+        sequences=sum(each.tokens for each in served), kv_tokens=kv,
+        pairs=kv + sum(each.prompt_tokens**2 / 2 for each in served),
+    )  # fmt: skip
+    return least / max(each.pieces[-1] for each in served)

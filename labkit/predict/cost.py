@@ -220,7 +220,7 @@ class Deployment:
 
     # -- one pass of one stage -----------------------------------------------------------------------------------------
 
-    def stage(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Terms:
+    def stage(self, stage: int, tokens: float, sequences: float, kv_tokens: float, pairs: float) -> Terms:
         """Terms of a pass over `tokens` of `sequences` through a stage's layers. It reads the K and V of `kv_tokens` and scores
         `pairs` of a query and a key. On the first tensor-parallel rank, which has no less than the others."""
         terms, shape, engine, tp = Terms(), self.shape, self.engine, self.layout.tp
@@ -251,7 +251,7 @@ class Deployment:
             self._expert_exchanges(terms, tokens, sparse, experts / rate)
         return terms
 
-    def head(self, sequences: int) -> Terms:
+    def head(self, sequences: float) -> Terms:
         """Terms of choosing the next token of `sequences`, on each stage that has a part of the output head."""
         terms, layout, read = Terms(), self.layout, self.head_read
         flops = 2 * read / self._head_bytes * sequences
@@ -272,7 +272,7 @@ class Deployment:
         """Bytes of the output head on a rank of the last stage."""
         return len(self._vocabulary(0)[-1]) * self.shape.hidden * self._head_bytes
 
-    def _work(self, stage: int, tokens: int) -> tuple[float, float, float]:
+    def _work(self, stage: int, tokens: float) -> tuple[float, float, float]:
         """Of a pass: bytes of weights that are read, operations of matrix products, and of these the experts'."""
         shape, tp, layers = self.shape, self.layout.tp, stages(self.shape, self.layout.pp)[stage]
         one = WEIGHT_BYTES[self.load.dtype]
@@ -301,7 +301,7 @@ class Deployment:
         )
         return part * peak * 1e12, f"{source} ({hw.source})"
 
-    def _experts(self, tokens: int) -> tuple[float, float]:
+    def _experts(self, tokens: float) -> tuple[float, float]:
         """Of one layer: expert parameters that a rank reads, of those experts that any token asks for if all are equally likely;
         and its operations."""
         moe, layout = self.shape.moe, self.layout
@@ -312,7 +312,7 @@ class Deployment:
         rows = together * moe.per_token / layout.ep
         return self._experts_held(0) * asked * size, 2 * size * rows
 
-    def _exchanges(self, terms: Terms, stage: int, tokens: int, sparse: int) -> None:
+    def _exchanges(self, terms: Terms, stage: int, tokens: float, sparse: int) -> None:
         """All-reduces behind attention and dense MLPs, and of the embedding."""
         layout, hw, tp = self.layout, self.hw, self.layout.tp
         if tp == 1:
@@ -324,7 +324,7 @@ class Deployment:
         if self.engine.head != "whole" and stage == 0:
             terms.put("embedding", reduce.seconds, f"one more; {reduce.source}")
 
-    def _expert_exchanges(self, terms: Terms, tokens: int, sparse: int, arithmetic: float) -> None:
+    def _expert_exchanges(self, terms: Terms, tokens: float, sparse: int, arithmetic: float) -> None:
         """Tokens to their experts and back; and what the busiest rank has more of, of that and of the experts' `arithmetic`."""
         moe, layout, hw, tp = self.shape.moe, self.layout, self.hw, self.layout.tp
         assert moe

@@ -29,10 +29,10 @@ from labkit import split
 from labkit.engine.llm import LLM, chosen_dtype
 from labkit.engine.requests import SamplingParams
 from labkit.launch.local import threads_per_rank
-from labkit.measure.bench import memory_bandwidth
 from labkit.measure.collectives import sweep
 from labkit.measure.machine import hardware as machine
 from labkit.measure.machine import usable_cores
+from labkit.measure.roofline import memory_bandwidth
 from labkit.mesh import Layout
 from labkit.model.gguf_import import cache_root
 from labkit.predict.cost import KV_BYTES, Deployment, Engine, Load, Terms
@@ -101,7 +101,7 @@ class Constants:
     prefill_byte: float
     prefill_score: float
 
-    def of_a_byte(self, tokens: int, length: float, bandwidth: float) -> float:
+    def of_a_byte(self, tokens: float, length: float, bandwidth: float) -> float:
         """Seconds of a byte of weights, where memory gives `bandwidth` bytes/s. Between what was measured, straight lines (over
         the logarithm of the length); for more tokens in proportion to them."""
         read, *at = (float(np.interp(np.log(length), np.log(self.lengths), row)) for row in (self.reads, *self.byte))
@@ -114,8 +114,8 @@ class Work:
     """What one pass of a rank is made of: see `Constants`."""
 
     layers: int
-    sequences: int
-    tokens: int
+    sequences: float
+    tokens: float
     read: float
     rows: int
     kv: float
@@ -133,7 +133,7 @@ class LocalDeployment(Deployment):
     def setting(self) -> Setting:
         return Setting(self.layout.tp, self.layout.dp * self.lanes, threads_per_rank(self.layout.world))
 
-    def work(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Work:
+    def work(self, stage: int, tokens: float, sequences: float, kv_tokens: float, pairs: float) -> Work:
         shape, tp = self.shape, self.layout.tp
         layers = len(stages(shape, self.layout.pp)[stage])
         read, _, _ = self._work(stage, tokens)
@@ -142,8 +142,8 @@ class LocalDeployment(Deployment):
         inner = 2 * shape.mlp(tp, 0, shape.intermediate) // (3 * shape.hidden)
         rows = layers * (heads + inner + 2 * shape.hidden)
         # Threads share out KV heads of all sequences: some wait for those that have one more.
-        threads, heads = self.setting.threads, sequences * len(split.heads(shape.heads, shape.kv_heads, tp)[0].kv)
-        uneven = -(-heads // threads) * threads / heads if tokens == sequences else 1.0
+        threads, shared = self.setting.threads, sequences * len(split.heads(shape.heads, shape.kv_heads, tp)[0].kv)
+        uneven = -(-shared // threads) * threads / shared if tokens == sequences else 1.0
         kv = uneven * layers * shape.kv_numbers(tp, 0) * KV_BYTES[self.load.kv_dtype] * kv_tokens
         return Work(layers, sequences, tokens, read, rows, kv, uneven * layers * shape.score_flops(tp, 0) * pairs)
 
@@ -152,7 +152,7 @@ class LocalDeployment(Deployment):
         rows = work.rows + len(self._vocabulary(0)[-1])
         return (work.read + self.head_read) / WEIGHT_BYTES[self.load.dtype] / rows
 
-    def head(self, sequences: int) -> Terms:
+    def head(self, sequences: float) -> Terms:
         known, terms = constants(self.setting, self.load.dtype), Terms()
         length = self.length(self.work(0, 1, 1, 0.0, 0.0))
         seconds = self.head_read * known.of_a_byte(sequences, length, self.bandwidth)
@@ -162,7 +162,7 @@ class LocalDeployment(Deployment):
             terms.put(name, seconds, "timed here")
         return terms
 
-    def stage(self, stage: int, tokens: int, sequences: int, kv_tokens: float, pairs: float) -> Terms:
+    def stage(self, stage: int, tokens: float, sequences: float, kv_tokens: float, pairs: float) -> Terms:
         work, known = self.work(stage, tokens, sequences, kv_tokens, pairs), constants(self.setting, self.load.dtype)
         terms, source = Terms(), f"measured here, {self.setting}, {known.measured}"
         if tokens == sequences:
@@ -183,13 +183,13 @@ class LocalDeployment(Deployment):
         terms.put("all-reduce", self.exchanged(stage, tokens), "timed here")
         return terms
 
-    def exchanged(self, stage: int, tokens: int) -> float:
+    def exchanged(self, stage: int, tokens: float) -> float:
         """Seconds of a pass in exchanges between the ranks of a stage."""
         tp, layers = self.layout.tp, len(stages(self.shape, self.layout.pp)[stage])
         reduce = exchange("all_reduce", tp, tokens * self.shape.hidden * self._residual) if tp > 1 else 0.0
         return (2 * layers + (stage == 0)) * reduce
 
-    def met(self, sequences: int) -> dict[str, float]:
+    def met(self, sequences: float) -> dict[str, float]:
         """Seconds in exchanges for the choice of the next token of `sequences`."""
         tp, pp = self.layout.tp, self.layout.pp
         found = {"logits": exchange("all_gather", tp, 16 * sequences * tp) if tp > 1 else 0.0}

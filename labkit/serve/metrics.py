@@ -40,6 +40,7 @@ class Metrics:
              stats["kv_blocks_used"] / max(1, stats["kv_blocks"])),
             (CounterMetricFamily, "num_preemptions", "Times a request gave up its blocks.", stats["preemptions"]),
             (CounterMetricFamily, "restarts", "Times that ranks were replaced, because one had failed.", stats["restarts"]),
+            (CounterMetricFamily, "engine_steps", "Passes of a replica that gave tokens.", stats["steps"]),
             (CounterMetricFamily, "prompt_tokens", "Of requests that are done.", stats["prompt_tokens"]),
             (CounterMetricFamily, "generation_tokens", "Tokens generated.", stats["generation_tokens"]),
         ):  # fmt: skip
