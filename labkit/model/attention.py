@@ -243,7 +243,7 @@ class Attention(nn.Module):
             kernels.prepare(c, self.in_c, batch.pieces_in_c, rest, k, v)
             q, new_k, new_v = self._heads(rest)
             for rows, start, table in batch.pieces:
-                if self.by_tiles:
+                if self.by_tiles or math.isinf(kernels.ROWS):
                     outs.append(kernels.piece(c, self.in_c, batch.pieces_in_c, rows, start, table, rest, k, v))
                 else:
                     outs.append(self._piece(q[rows], new_k[rows], new_v[rows], k, v, start, table))

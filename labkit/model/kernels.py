@@ -3,8 +3,8 @@
 A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
 longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
 between them costs more than it computes. For many rows C's products are the faster ones on a processor with AVX2 alone, for which
-PyTorch has none of bfloat16, and on one with AMX in bfloat16, where its attention of prompts is as well; elsewhere PyTorch's are,
-and C does what stands between them. LABKIT_KERNELS=torch in the environment leaves C out.
+PyTorch has none of bfloat16, and on one with AMX in bfloat16, and so is its attention of prompts; elsewhere PyTorch's are, and C
+does what stands between them. LABKIT_KERNELS=torch in the environment leaves C out.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from labkit import native
 
-# Up to which a product in C is the faster one without tiles: with AVX2 any.
+# Up to which a product in C is the faster one without tiles: with AVX2 any, and attention of prompts too.
 ROWS = math.inf if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
 TILED_ROWS = 512  # and with them; an MLP always is
 TOKENS = 16  # a block of the cache holds a multiple of these
@@ -79,7 +79,7 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def has_tiles() -> bool:
-    """Whether this processor multiplies tiles of bfloat16 (AMX), and `piece` can be called."""
+    """Whether this processor multiplies tiles of bfloat16 (AMX)."""
     c = library()
     return c is not None and bool(c.labkit_has_tiles())
 

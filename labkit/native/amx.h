@@ -211,7 +211,7 @@ static void values_tile(const bf16 *v, size_t token, size_t count, bf16 *tile) {
 }
 
 /* p (end,) = e^((score - the most of them) scale) of the first `visible` scores, and zeros; returns their sum. */
-AMX static float softmax(float *scores, bf16 *p, size_t visible, size_t end, float scale) {
+AMX static float weights_of(float *scores, bf16 *p, size_t visible, size_t end, float scale) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     __m512 most[2] = {_mm512_set1_ps(-INFINITY), _mm512_set1_ps(-INFINITY)}, sum = _mm512_setzero_ps();
     for (size_t t = visible; t < end; t++) scores[t] = -1e30f;
@@ -228,12 +228,11 @@ AMX static float softmax(float *scores, bf16 *p, size_t visible, size_t end, flo
     return _mm512_reduce_add_ps(sum);
 }
 
-/* y (rows, heads x width): attention for `rows` rows of qkv (s->rows, all heads, width) from row `from` on, the tokens from
-   position `start` on of the sequence in blocks `table`; their K and V are in the cache. Widths are multiples of 32, blocks of 16.
+/* As labkit_piece; widths are multiples of 32, blocks of 16.
    K and V are laid out as tiles once for all queries that look at them, straight from the blocks of the cache: rearranging what they
    multiply is most of what the two products take. Of 32 queries all scores are kept; what lies behind them all is not computed. */
-AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t rows, size_t start, const int64_t *table,
-                      const bf16 *qkv, const bf16 *k, const bf16 *v, bf16 *y) {
+AMX static void tiled_piece(const Attention *a, const Step *s, size_t from, size_t rows, size_t start, const int64_t *table,
+                            const bf16 *qkv, const bf16 *k, const bf16 *v, bf16 *y) {
     size_t d = a->width, each = all_heads(a), token = a->kv_heads * d, context = start + rows;
     size_t steps = (context + SIDE - 1) / SIDE, wide = steps * SIDE, parts = (rows + SIDE - 1) / SIDE;
     size_t far = wide + SIDE; /* between two rows of scores: were it a multiple of 4 KiB, they'd share a few places in the cache */
@@ -265,7 +264,7 @@ AMX void labkit_piece(const Attention *a, const Step *s, size_t from, size_t row
             for (size_t r = 0; r < count; r++) memcpy(q + r * d, qkv + (from + at + r) * each + h * d, d * sizeof(bf16));
             for (size_t c = 0; c < seen; c++) square(q, d, its_keys + c * SIDE * d, d / SIDE, scores + c * SIDE, far, NULL);
             for (size_t r = 0; r < count; r++)
-                total[r] = softmax(scores + r * far, p + r * far, start + at + r + 1, seen * SIDE, scale);
+                total[r] = weights_of(scores + r * far, p + r * far, start + at + r + 1, seen * SIDE, scale);
             for (size_t i = 0; i < d; i += SIDE) square(p, far, its_values + i * wide, seen, sum + i, d, NULL);
             for (size_t r = 0; r < count; r++)
                 for (size_t i = 0; i < d; i += SIDE)

@@ -1,6 +1,6 @@
 /* Half a layer in one call: for the few rows of a decode step, which reads each weight once and is as fast as memory, and with AVX2
-   for many, which are as fast as the processor computes; and what stands between the matrix products, for any number of rows. Where
-   the processor has tile registers, products of many rows and attention of prompts by these (amx.h).
+   for many, which are as fast as the processor computes; attention of prompts; and what stands between the matrix products, for any
+   number of rows. Where the processor has tile registers, products of many rows and attention of prompts by these (amx.h).
 
    Everything is summed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a row
    is the same bits whatever rows are beside it, but that up to MANY (FEW, where there are tiles) and more may be rounded in different
@@ -141,6 +141,16 @@ static void swiglu(const float *gate, const float *up, float *y, size_t width) {
     for (size_t i = 0; i < width; i++) y[i] = gate[i] / (1 + power(-gate[i])) * up[i];
 }
 
+/* Each of p (count,) as e^p over the sum of all of them. */
+static void softmax(float *p, size_t count) {
+    float most = -INFINITY, total = 0;
+#pragma omp simd reduction(max : most)
+    for (size_t t = 0; t < count; t++) most = p[t] > most ? p[t] : most;
+#pragma omp simd reduction(+ : total)
+    for (size_t t = 0; t < count; t++) total += p[t] = power(p[t] - most);
+    for (size_t t = 0; t < count; t++) p[t] /= total;
+}
+
 /* -- what Python describes a layer and a step by; also in model/kernels.py ------------------------------------------------- */
 
 typedef struct { /* the attention of one layer, as far as it is on this rank */
@@ -182,9 +192,9 @@ typedef struct { /* the MLP of one layer, as far as it is on this rank */
 #include "amx.h"
 #else
 int labkit_has_tiles(void) { return 0; }
-void labkit_piece(void) {}
 #define by_tiles(...) 0
 #define tiled_attention(...) (void)0
+#define tiled_piece(...) (void)0
 #define tiled_mlp(...) (void)0
 #define tiled_linear(...) (void)0
 #endif
@@ -229,4 +239,12 @@ void labkit_prepare(const Attention *a, const Step *s, void *qkv, void *k, void 
 /* y (rows, heads, width): attention for qkv (rows, all heads, width) as it comes from its product, one token of each sequence. */
 void labkit_singles(const Attention *a, const Step *s, const void *qkv, void *k, void *v, void *y) {
     PICK(a->dtype, singles, a, s, qkv, k, v, y);
+}
+
+/* y (rows, heads x width): attention for `rows` rows of qkv (s->rows, all heads, width) from row `from` on, the tokens from
+   position `start` on of the sequence in blocks `table`; their K and V are in the cache. */
+void labkit_piece(const Attention *a, const Step *s, size_t from, size_t rows, size_t start, const int64_t *table, const void *qkv,
+                  const void *k, const void *v, void *y) {
+    if (by_tiles(a->dtype, FEW + 1, a->width, a->hidden)) tiled_piece(a, s, from, rows, start, table, qkv, k, v, y);
+    else PICK(a->dtype, piece, a, s, from, rows, start, table, qkv, k, v, y);
 }

@@ -46,11 +46,12 @@ INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t s
 }
 
 /* What `linear` does, for many rows, where it is computing that takes the time. Lanes are rows of x, rearranged for that; each number
-   of w, widened, multiplies 2 LANES of them. What is used again and again stays in caches: OUTS x `deep` numbers of w in the first
+   of w, widened, multiplies 2 LANES of them; rows of w are `stride` apart. What is used again and again stays in caches: OUTS x `deep` numbers of w in the first
    level, AT_ONCE x `deep` of x in the second. */
-static void NAME(many)(const float *x, const T *w, const T *bias, float *y, size_t rows, size_t in, size_t out, int threads) {
+static void NAME(many)(const float *x, const T *w, size_t stride, const T *bias, float *y, size_t rows, size_t in, size_t out,
+                       int threads) {
     enum { OUTS = 6, PANEL = 2 * LANES, DEEPEST = 768 };
-    size_t parts = (in + DEEPEST - 1) / DEEPEST, deep = (in + parts - 1) / parts, high = (rows + PANEL - 1) / PANEL * PANEL;
+    size_t deep = in < DEEPEST ? in : DEEPEST, high = (rows + PANEL - 1) / PANEL * PANEL;
     float *panels = scratch(FOR_TILES, high * deep);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     for (size_t from = 0, depth; from < in; from += depth) {
@@ -63,15 +64,15 @@ static void NAME(many)(const float *x, const T *w, const T *bias, float *y, size
 #pragma omp for
         for (size_t first = 0; first < out; first += OUTS) {
             size_t outs = out - first < OUTS ? out - first : OUTS;
-            const T *here = w + first * in + from;
+            const T *here = w + first * stride + from;
             float wide[OUTS][DEEPEST];
-            for (size_t o = 0; o < outs; o++) NAME(widen)(here + o * in, wide[o], depth);
+            for (size_t o = 0; o < outs; o++) NAME(widen)(here + o * stride, wide[o], depth);
             for (size_t r = 0; r < high; r += PANEL) {
                 vec sum[OUTS][2] = {0};
                 const float *panel = panels + r * depth;
                 for (size_t k = 0; k < depth; k++, panel += PANEL) {
                     if (r == 0 && k % 16 == 0) /* the next rows of w */
-                        for (size_t o = 0; o < OUTS; o++) __builtin_prefetch(here + (OUTS + o) * in + k, 0, 2);
+                        for (size_t o = 0; o < OUTS; o++) __builtin_prefetch(here + (OUTS + o) * stride + k, 0, 2);
                     vec values[2] = {load_f32(panel), load_f32(panel + LANES)};
                     for (int o = 0; o < OUTS; o++)
                         for (int half = 0; half < 2; half++) sum[o][half] += values[half] * wide[o][k];
@@ -101,7 +102,7 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
     if (rows > MANY) {
         for (size_t r = 0, n; r < rows; r += n) {
             n = at_once(rows - r);
-            NAME(many)(x + r * in, w, bias, y + r * out, n, in, out, threads);
+            NAME(many)(x + r * in, w, in, bias, y + r * out, n, in, out, threads);
         }
         return;
     }
@@ -196,14 +197,7 @@ static void NAME(look)(const Attention *a, const Step *s, size_t n, size_t kv, s
         size_t count = context - t < LANES ? context - t : LANES;
         for (size_t r = 0; r < heads; r++) memcpy(p + r * context + t, some + r * LANES, count * sizeof(float));
     }
-    for (float *row = p; row < p + heads * context; row += context) {
-        float most = -INFINITY, total = 0;
-#pragma omp simd reduction(max : most)
-        for (size_t t = 0; t < context; t++) most = row[t] > most ? row[t] : most;
-#pragma omp simd reduction(+ : total)
-        for (size_t t = 0; t < context; t++) total += row[t] = power(row[t] - most);
-        for (size_t t = 0; t < context; t++) row[t] /= total;
-    }
+    for (size_t r = 0; r < heads; r++) softmax(p + r * context, context);
     memset(p + heads * context, 0, (rows - heads) * context * sizeof(float));
     FOR_ROWS_OF(rows, NAME(mix), a, s, p, context, v, blocks, sum);
     for (size_t r = 0; r < heads; r++)
@@ -314,4 +308,37 @@ static void NAME(singles)(const Attention *a, const Step *s, const T *qkv, T *k,
     NAME(widen)(qkv, wide, rows * each);
     NAME(attend)(a, s, wide, k, v, out);
     NAME(narrow_all)(out, y, rows * inner);
+}
+
+static void NAME(piece)(const Attention *a, const Step *s, size_t from, size_t rows, size_t start, const int64_t *table, const T *qkv,
+                        const T *k, const T *v, T *y) {
+    enum { QUERIES = 64 };
+    size_t d = a->width, each = all_heads(a), token = a->kv_heads * d, context = start + rows, parts = (rows + QUERIES - 1) / QUERIES;
+    size_t far = context + 16; /* between rows of values: were it a multiple of 4 KiB, they'd share a few places in the cache */
+    float *keys = scratch(FOR_HEADS, token * (context + far)), *values = keys + token * context; /* of a KV head after the other */
+#pragma omp parallel num_threads(s->threads) if (s->threads > 1)
+    {
+#pragma omp for
+        for (size_t n = 0; n < a->kv_heads * context; n++) {
+            size_t kv = n / context, t = n % context, at = (table[t / s->size] * s->size + t % s->size) * token + kv * d;
+            NAME(widen)(k + at, keys + n * d, d);
+            for (size_t i = 0; i < d; i++) values[(kv * d + i) * far + t] = NAME(wide)(v[at + i]);
+        }
+#pragma omp for schedule(dynamic)
+        for (size_t task = 0; task < parts * a->heads; task++) { /* those that see most come first */
+            size_t at = (parts - 1 - task / a->heads) * QUERIES, h = task % a->heads, kv = (h + a->skipped) / a->group;
+            size_t count = rows - at < QUERIES ? rows - at : QUERIES, seen = start + at + count;
+            float *q = scratch(FOR_SUMS, QUERIES * (2 * d + context)), *sum = q + QUERIES * d, *p = sum + QUERIES * d;
+            for (size_t r = 0; r < count; r++)
+                for (size_t i = 0; i < d; i++) q[r * d + i] = NAME(wide)(qkv[(from + at + r) * each + h * d + i]) / sqrtf(d);
+            many_f32(q, keys + kv * context * d, d, NULL, p, count, d, seen, 1);
+            for (size_t r = 0; r < count; r++) {
+                size_t visible = start + at + r + 1;
+                softmax(p + r * seen, visible);
+                memset(p + r * seen + visible, 0, (seen - visible) * sizeof(float));
+            }
+            many_f32(p, values + kv * d * far, far, NULL, sum, count, seen, d, 1);
+            for (size_t r = 0; r < count; r++) NAME(narrow_all)(sum + r * d, y + ((at + r) * a->heads + h) * d, d);
+        }
+    }
 }
