@@ -133,14 +133,15 @@ def serve(
     arguments += ["--max-num-seqs", str(max_num_seqs), "--max-model-len", str(prompt[1] + output[1])]
     arguments += ["--ep"] * ep + (["--threads", str(threads)] if threads else [])
     with contextlib.nullcontext() if url else server(*arguments) as own:
-        sweep = _sweep(own.url if own else url, bool(own), work, list(rates), fractions, seconds)
+        sweep = _sweep(own.url if own else url, model if own else None, work, list(rates), fractions, seconds)
         # In a thread of its own, since a notebook's has an event loop already.
         return ThreadPoolExecutor(1).submit(asyncio.run, sweep).result()
 
 
 async def _sweep(
-    url: str, own: bool, work: Work, rates: list[float], fractions: Sequence[float], seconds: float
+    url: str, own: str | None, work: Work, rates: list[float], fractions: Sequence[float], seconds: float
 ) -> list[Row]:
+    """own: the model of a server that `serve` has started."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
         try:
@@ -166,7 +167,7 @@ async def _sweep(
                     "ranks": card.get("ranks", []), "comm": [], "bubble_fraction": None, "batch": clients,
                     "prompt_tokens": list(work.prompt), "new_tokens": list(work.output), "requests": len(served),
                     "rate": rate, "capacity_per_s": capacity, **_figures(served), **_waits(before, after),
-                    "roofline_share": _share(card, served, before, after) if own else None,
+                    "roofline_share": _share(own, card, served, before, after) if own else None,
                 })  # fmt: skip
             return rows
         except httpx.HTTPError as error:
@@ -258,13 +259,13 @@ def _waits(before: dict[str, float], after: dict[str, float]) -> Row:
     return {"queue_ms": waited, "preemptions": new.get("num_preemptions_total")}
 
 
-def _share(card: Row, served: Sequence[Served], before: dict[str, float], after: dict[str, float]) -> float:
+def _share(model: str, card: Row, served: Sequence[Served], before: dict[str, float], after: dict[str, float]) -> float:
     steps = after["engine_steps_total"] - before["engine_steps_total"]
     if card["layout"]["ep"] > 1:
         steps /= card["layout"]["dp"]  # which take each step together
     kv = sum(each.tokens * (each.prompt_tokens + each.tokens / 2) for each in served)
     least = roofline.measure(*roofline.workers(card)).seconds(
-        card["id"], card["dtype"], steps, tokens=sum(each.prompt_tokens + each.tokens for each in served),
+        model, card["dtype"], steps, tokens=sum(each.prompt_tokens + each.tokens for each in served),
         sequences=sum(each.tokens for each in served), kv_tokens=kv,
         pairs=kv + sum(each.prompt_tokens**2 / 2 for each in served),
     )  # fmt: skip

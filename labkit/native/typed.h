@@ -10,8 +10,8 @@ static void NAME(narrow_all)(const float *x, T *y, size_t count) {
 
 /* -- products ------------------------------------------------------------------------------------------------------- */
 
-/* The lanes of sums of products: total (rows, LANES vectors) of x (rows, in) and the first `outs` rows of w, of which total begins
-   with the first. The rows of w are `stride` numbers apart; what is `next` numbers on is fetched meanwhile. */
+/* total[r x LANES + o], of row r of x (rows, in) and row o of w (outs, in): LANES sums, each of every LANES-th product. The rows of w
+   are `stride` numbers apart; what is `next` numbers on is fetched meanwhile. */
 INLINE void NAME(dots)(const float *x, const T *w, vec *total, size_t in, size_t stride, size_t next, const int rows,
                        const int outs) {
     vec sum[16] = {0}, weights[LANES];
@@ -46,8 +46,8 @@ INLINE void NAME(tile)(const float *x, const T *w, float *y, size_t in, size_t s
 }
 
 /* What `linear` does, for many rows, where it is computing that takes the time. Lanes are rows of x, rearranged for that; each number
-   of w, widened, multiplies 2 LANES of them; rows of w are `stride` apart. What is used again and again stays in caches: OUTS x `deep` numbers of w in the first
-   level, AT_ONCE x `deep` of x in the second. */
+   of w, widened, multiplies 2 LANES of them. Rows of w are `stride` numbers apart. What is used again and again stays in caches: OUTS
+   x `deep` numbers of w in the first level, AT_ONCE x `deep` of x in the second. */
 static void NAME(many)(const float *x, const T *w, size_t stride, const T *bias, float *y, size_t rows, size_t in, size_t out,
                        int threads) {
     enum { OUTS = 6, PANEL = 2 * LANES, DEEPEST = 768 };
@@ -310,6 +310,7 @@ static void NAME(singles)(const Attention *a, const Step *s, const T *qkv, T *k,
     NAME(narrow_all)(out, y, rows * inner);
 }
 
+/* See labkit_piece. K and V are widened, and V is transposed, once for all queries; of QUERIES of a head all scores are kept. */
 static void NAME(piece)(const Attention *a, const Step *s, size_t from, size_t rows, size_t start, const int64_t *table, const T *qkv,
                         const T *k, const T *v, T *y) {
     enum { QUERIES = 64 };
