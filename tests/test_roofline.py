@@ -43,20 +43,15 @@ def test_a_prompt_takes_as_long_as_its_products(dtype: str) -> None:
 
 
 def test_of_experts_those_are_read_that_are_asked_for() -> None:
-    moe, width = find("tiny-moe").config.moe, 2
+    cfg, width = find("tiny-moe").config, 2
+    moe, sparse = cfg.moe, sum(map(cfg.sparse, range(cfg.layers)))
     assert moe
     roof = Roof(1, 1e9)
     few, many = (
         roof.seconds("tiny-moe", "bfloat16", 1, tokens=n, sequences=n, kv_tokens=0, pairs=0) * GB for n in (1, 10**6)
     )
     assert many == pytest.approx(width * matrices("tiny-moe"), rel=1e-3)
-    each = (
-        3
-        * 192
-        * moe.width
-        * width
-        * len(list(filter(find("tiny-moe").config.sparse, range(find("tiny-moe").config.layers))))
-    )
+    each = 3 * cfg.hidden * moe.width * width * sparse
     assert many - few == pytest.approx(each * (moe.experts - moe.per_token), rel=1e-3)
 
 

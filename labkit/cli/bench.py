@@ -322,8 +322,9 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
     table = Table(title=f"{', '.join(common)}; {rows[0]['hardware']}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     linked = [row for row in rows if row.get("link")]
     cells = {name.replace("_", " "): [_with_range(row, name) for row in rows] for name in columns}
-    if len({row["link"]["asked_gbit_per_s"] if row.get("link") else None for row in rows}) > 1:
-        cells["link, Gbit/s"] = [cell(row["link"]["asked_gbit_per_s"] if row.get("link") else None) for row in rows]
+    asked = [row["link"]["asked_gbit_per_s"] if row.get("link") else None for row in rows]
+    if len(set(asked)) > 1:
+        cells["link, Gbit/s"] = list(map(cell, asked))
     for name, column in cells.items():  # as wide as their longest word, so that there is room for names
         width = max(len(word) for text in (name, *column) for word in text.split())
         table.add_column(name, min_width=width, max_width=None if name == "name" else width)

@@ -114,7 +114,7 @@ def decode(
     that one rank.
 
     Rows are `in_turns`'s, with `weights_gb_per_s`: bytes of weights read per decode step over the TPOT, in GB/s on all ranks
-    together (compare it with the machine's memory bandwidth: batch 1 decode is bound by it), and `comm_share`: the part of
+    together (compare it with `memory_gb_per_s`: batch 1 decode is bound by it), and `comm_share`: the part of
     the TPOT that the rank which waits most spends in communication, waiting included.
     """
     if tokens < 2:

@@ -92,7 +92,7 @@ def server(*arguments: str) -> Iterator[Server]:
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
     ):
-        assert process.stdout
+        assert process.stdout, "stdout is a pipe"
         try:
             if not (line := process.stdout.readline()):
                 said.seek(0)

@@ -211,7 +211,7 @@ class Deployment:
         return [range(last.start, last.start)] * (pp - 1) + [last]
 
     def _experts_held(self, rank: int) -> int:
-        assert self.shape.moe
+        assert self.shape.moe, "only models with experts ask"
         return (
             len(split.even(self.shape.moe.experts, self.layout.ep)[rank])
             if self.layout.ep > 1
@@ -305,7 +305,7 @@ class Deployment:
         """Of one layer: expert parameters that a rank reads, of those experts that any token asks for if all are equally likely;
         and its operations."""
         moe, layout = self.shape.moe, self.layout
-        assert moe
+        assert moe, "only models with experts ask"
         together = tokens * (layout.dp if layout.ep > 1 else 1)
         asked = 1 - (1 - moe.per_token / moe.experts) ** together
         size = self.shape.mlp(1 if layout.ep > 1 else layout.tp, 0, moe.width)
@@ -327,7 +327,7 @@ class Deployment:
     def _expert_exchanges(self, terms: Terms, tokens: float, sparse: int, arithmetic: float) -> None:
         """Tokens to their experts and back; and what the busiest rank has more of, of that and of the experts' `arithmetic`."""
         moe, layout, hw, tp = self.shape.moe, self.layout, self.hw, self.layout.tp
-        assert moe
+        assert moe, "only models with experts ask"
         rows = tokens * layout.dp * moe.per_token / layout.ep
         busiest = self.load.imbalance or min(layout.ep, 1 + math.sqrt(2 * math.log(layout.ep) / max(rows, 1)))
         late = (busiest - 1) * arithmetic

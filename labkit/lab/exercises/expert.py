@@ -274,7 +274,7 @@ def _block(comm: Comm, table: Table, placement: Sequence[Sequence[int]], hidden:
         "model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": hidden, "intermediate_size": 8, "vocab_size": 8,
         "num_attention_heads": 1, "num_local_experts": experts, "num_experts_per_tok": k,
     })  # fmt: skip
-    assert cfg.moe
+    assert cfg.moe, "a mixtral has experts"
     moe = MoE(cfg, cfg.moe, 0, comm, Spread("all_to_all", {0: placement}), _DTYPES[itemsize], comm.device)
     for p in moe.parameters():
         p.zero_()
