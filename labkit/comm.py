@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from labkit.links import Link
 from labkit.mesh import Mesh
-from labkit.shm import SharedMemory
+from labkit.shm import SharedMemory, Sums
 from labkit.symmetric import SymmetricMemory
 
 # torch 2.13 renamed these two; 2.11 has only the old names.
@@ -63,6 +63,8 @@ class Tally:
 
 class Board(Protocol):
     """Where a rank writes what it is doing, so that somebody else can read it when the rank no longer answers."""
+
+    address: int  # of number, time and waiting, where C writes them
 
     def write(self, number: int, waiting: bool, text: str) -> None: ...
 
@@ -177,6 +179,38 @@ class Comm:
             return dist.all_reduce(y, group=group, async_op=True)
 
         return self._begin("all_reduce", axis, what, y.nbytes, wire, start, lambda: _written(x, y))
+
+    def can_reduce_in_c(self, x: torch.Tensor, axis: str) -> bool:
+        """Whether `all_reduces_in_c` can add up tensors like `x`; alike on all ranks of `axis`."""
+        alone = self.mesh.size(axis) == 1
+        plain = self._on_cpu and self.link is None and self.events is None
+        return alone or (plain and self._shared("all_reduce", axis, x) is not None)
+
+    def all_reduces_in_c(
+        self, x: torch.Tensor, axis: str, whats: tuple[str, str], times: int, call: Callable[[Sums | None], int]
+    ) -> None:
+        """Runs `call`, C code that adds up tensors like `x` by itself: `times` for each of `whats`, in turn."""
+        n = self.mesh.size(axis)
+        if n == 1:
+            call(None)
+            return
+        shared, text, began = self.shared[axis], _describe("all_reduce", axis, " or ".join(whats)), time.perf_counter()
+        if self.board is not None:
+            self.board.write(self.number, False, text)
+        assert isinstance(shared, SharedMemory), "can_reduce_in_c said so"
+        sums = shared.sums(x, self.number, self.board.address if self.board else None)
+        code, self.number = call(sums), sums.number
+        try:
+            shared.check(code)
+        except RuntimeError as error:
+            raise self._error(text, axis, began, error) from error
+        if self.meter:
+            for what, seconds in zip(whats, sums.seconds, strict=True):
+                tally = self._tally("all_reduce", axis, what)
+                tally.calls += times
+                tally.payload_bytes += times * x.nbytes
+                tally.wire_bytes += times * (2 * (n - 1) * x.nbytes // n)
+                tally.host_seconds += seconds
 
     def all_gather(self, x: torch.Tensor, axis: str = "world", what: str = "") -> torch.Tensor:
         """`x` of every rank of `axis`, stacked in rank order: shape (n, *x.shape). All shapes must be equal."""
@@ -436,11 +470,7 @@ class Comm:
         try:
             result = call(self.mesh.group("pp_hops" if axis == "pp" and op in ("send", "recv") else axis))
         except (RuntimeError, ValueError) as error:
-            others = [r for r in self.mesh.peers(axis) if r != self.rank]
-            raise CommError(
-                f"rank {self.rank}: {text} (its operation {self.number}) failed after "
-                f"{time.perf_counter() - began:.1f} s with rank(s) {others}: {str(error).splitlines()[0]}"
-            ) from error
+            raise self._error(text, axis, began, error) from error
         if self.link and kind in ("call", "recv"):
             # What is received sets out when it is there, or earlier: nobody knows.
             sets_out = began if kind == "call" else time.perf_counter()
@@ -454,11 +484,22 @@ class Comm:
             self.board.write(self.number, False, text)
         return result
 
-    def _count(self, op: str, axis: str, what: str, payload: int, wire: int, kind: str, began: float) -> Tally:
-        key = ("send" if op == "recv" else op, axis, self.phase, what)
+    def _error(self, text: str, axis: str, began: float, error: Exception) -> CommError:
+        others = [r for r in self.mesh.peers(axis) if r != self.rank]
+        return CommError(
+            f"rank {self.rank}: {text} (its operation {self.number}) failed after {time.perf_counter() - began:.1f} s "
+            f"with rank(s) {others}: {str(error).splitlines()[0]}"
+        )
+
+    def _tally(self, op: str, axis: str, what: str) -> Tally:
+        key = op, axis, self.phase, what
         tally = self.tallies.get(key)
         if tally is None:
             tally = self.tallies[key] = Tally()
+        return tally
+
+    def _count(self, op: str, axis: str, what: str, payload: int, wire: int, kind: str, began: float) -> Tally:
+        tally = self._tally("send" if op == "recv" else op, axis, what)
         if kind in ("call", "start"):
             tally.calls += 1
             tally.payload_bytes += payload

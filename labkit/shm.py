@@ -24,6 +24,15 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.int64
 _OPS = {1: "all_reduce", 2: "all_gather", 3: "reduce_scatter", 4: "all_to_all", 5: "broadcast"}
 
 
+class Sums(ctypes.Structure):
+    """What C needs to add up with other ranks in the midst of its work (`Sums` of native/kernels.c), and what it has counted."""
+
+    _fields_ = [
+        ("all_reduce", ctypes.c_void_p), ("group", ctypes.c_void_p), ("dtype", ctypes.c_int64), ("one_shot", ctypes.c_int64),
+        ("number", ctypes.c_int64), ("seconds", ctypes.c_double * 2), ("doing", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled `shm.c`, or None where there is none. Calls release Python's lock."""
@@ -115,29 +124,36 @@ class SharedMemory:
     def all_reduce(self, x: torch.Tensor, one_shot: int = ONE_SHOT) -> None:
         """Sum over the ranks, in place, added up in rank order (bfloat16 in float32)."""
         dtype = DTYPES.index(x.dtype)
-        self._done(self._lib.labkit_all_reduce(self._handle, x.data_ptr(), x.numel(), dtype, one_shot))
+        self.check(self._lib.labkit_all_reduce(self._handle, x.data_ptr(), x.numel(), dtype, one_shot))
+
+    def sums(self, x: torch.Tensor, number: int, doing: int | None) -> Sums:
+        """What `all_reduce` of tensors like `x` takes in C. number: of the last operation of this rank; doing: where the launcher
+        looks (`Board.address`)."""
+        function = ctypes.cast(self._lib.labkit_all_reduce, ctypes.c_void_p)
+        return Sums(function, self._handle, DTYPES.index(x.dtype), ONE_SHOT, number, doing=doing)
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`out` (n, *x.shape): `x` of every rank."""
-        self._done(self._lib.labkit_all_gather(self._handle, x.data_ptr(), out.data_ptr(), x.nbytes))
+        self.check(self._lib.labkit_all_gather(self._handle, x.data_ptr(), out.data_ptr(), x.nbytes))
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """`out` (k, ...): this rank's rows of the sum of `x` (n * k, ...)."""
         dtype = DTYPES.index(x.dtype)
-        self._done(self._lib.labkit_reduce_scatter(self._handle, x.data_ptr(), out.data_ptr(), out.numel(), dtype))
+        self.check(self._lib.labkit_reduce_scatter(self._handle, x.data_ptr(), out.data_ptr(), out.numel(), dtype))
 
     def all_to_all(self, x: torch.Tensor, out: torch.Tensor, send_rows: list[int], recv_rows: list[int]) -> None:
         """Rows of `x` to the ranks, in order; `out`: what they send. Rows are equally long on all ranks."""
         row = x.nbytes // len(x) if len(x) else out.nbytes // max(len(out), 1)
         send, recv = (self._sizes(*(n * row for n in rows)) for rows in (send_rows, recv_rows))
         done = self._lib.labkit_all_to_all(self._handle, x.data_ptr(), out.data_ptr(), send, recv, x.element_size())
-        self._done(done)
+        self.check(done)
 
     def broadcast(self, x: torch.Tensor, source: int) -> None:
         """`x` of the `source`-th rank, in place."""
-        self._done(self._lib.labkit_broadcast(self._handle, x.data_ptr(), x.nbytes, source))
+        self.check(self._lib.labkit_broadcast(self._handle, x.data_ptr(), x.nbytes, source))
 
-    def _done(self, code: int) -> None:
+    def check(self, code: int) -> None:
+        """Raises if `code`, of an operation in C, isn't 0."""
         if code > 0:
             raise RuntimeError(f"Timed out waiting {self._timeout:g} s for rank {self._peers[code - 1]}")
         if code < 0:

@@ -1,8 +1,11 @@
 """The decoder against transformers, in float32, on real ranks, in every layout of up to four."""
 
+import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -10,6 +13,9 @@ import torch
 
 from labkit import Layout, run
 from labkit.comm import Comm
+from labkit.launch.local import RankError
+from labkit.model import kernels
+from labkit.model.attention import Batch, KVCache
 from labkit.model.checkpoint import Checkpoint, fill
 from labkit.model.config import ModelConfig
 from labkit.model.decoder import Decoder, check_layout
@@ -39,9 +45,17 @@ def logits_of_all_families(comm: Comm, folders: dict[str, Path], mode: str = "no
 
 @torch.inference_mode()
 def _logits(comm: Comm, folder: Path, mode: str = "none") -> list[torch.Tensor]:
-    decoder = Decoder(ModelConfig.read(folder), comm, torch.float32)
+    decoder = _loaded(comm, folder, torch.float32)
+    return _steps(comm, decoder, decoder.cache(blocks=12, size=4), mode)
+
+
+def _loaded(comm: Comm, folder: Path, dtype: torch.dtype) -> Decoder:
+    decoder = Decoder(ModelConfig.read(folder), comm, dtype)
     fill(decoder.parameters(), Checkpoint(folder))
-    cache = decoder.cache(blocks=12, size=4)
+    return decoder
+
+
+def _steps(comm: Comm, decoder: Decoder, cache: KVCache, mode: str = "none") -> list[torch.Tensor]:
     tables = [[3, 0, 7], [11, 2], [5]]  # not neighbours, not in order
     starts, tokens, out = [0, 0, 0], PROMPTS, []
     for step in range(4):
@@ -67,6 +81,51 @@ def test_logits_are_transformers_logits(layout: Layout, checkpoints: dict) -> No
                 got = torch.stack([step[i] for step in result[family]])
                 difference = (got - expected).abs().max().item()
                 assert difference <= 1e-4, f"{family}, rank {rank}, prompt {i}: max difference {difference}"
+
+
+@torch.inference_mode()
+def in_one_call_and_layer_by_layer(comm: Comm, folders: list[Path]) -> list[tuple]:
+    """Each model in each number format both ways: logits, the cache, what was counted; and how often C had all layers at once."""
+    found = []
+    for folder, dtype, one_call in product(folders, (torch.float32, torch.bfloat16), (True, False)):
+        decoder = _loaded(comm, folder, dtype)
+        pick = decoder.in_one_call
+        decoder.in_one_call = lambda *args: pick(*args) if one_call else None  # noqa: B023
+        cache = decoder.cache(blocks=12, size=16)
+        comm.reset()
+        before = comm.number
+        with patch.object(kernels, "layers", side_effect=kernels.layers, autospec=True) as layers:
+            logits = _steps(comm, decoder, cache)
+        tallies = {key: (t.calls, t.payload_bytes, t.wire_bytes, t.seconds > 0) for key, t in comm.tallies.items()}
+        found.append((layers.call_count, logits, cache.k + cache.v, tallies, comm.number - before))
+    return found
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(tp=3)], ids=str)
+def test_all_layers_in_one_call_are_the_same_to_the_bit(layout: Layout, checkpoints: dict) -> None:
+    folders = [checkpoints[family][0] for family in ("mistral", "qwen2", "qwen3")]
+    for rank in run(in_one_call_and_layer_by_layer, layout=layout, args=(folders,), timeout=120):
+        for one, each in zip(rank[::2], rank[1::2], strict=True):
+            assert (one[0], each[0]) == (3, 0)
+            for mine, theirs in zip(one[1] + one[2], each[1] + each[2], strict=True):
+                assert torch.equal(mine, theirs)
+            assert one[3:] == each[3:]
+
+
+def test_a_rank_that_stays_away_from_a_step_is_named(checkpoints: dict) -> None:
+    def decode(comm: Comm, folder: Path) -> None:
+        decoder = _loaded(comm, folder, torch.float32)
+        comm.barrier()
+        x, batch = torch.ones(1, decoder.cfg.hidden), Batch.make([1], [0], [[0]], [True], 16, comm.device)
+        cache, batch.rope = decoder.cache(blocks=1, size=16), decoder.rope.tables(batch.positions, torch.float32)
+        if comm.rank == 0:
+            kernels.layers(decoder.in_one_call(x, batch), decoder.in_c, batch.singles_in_c, x, cache.in_c, comm)
+        time.sleep(30)
+
+    said = r"all_reduce of attention or mlp on axis tp \(its operation 2\) failed .* Timed out waiting 1 s for rank 1"
+    with pytest.raises(RankError, match=said):
+        run(decode, 2, layout=Layout(tp=2), args=(checkpoints["qwen2"][0],), collective_timeout=1)
 
 
 @pytest.mark.parametrize("mode", ["chunks", "two-batch"])

@@ -4,6 +4,7 @@ A small file mapped into the memory of both, one fixed slot per rank. Writing is
 what was written outlives the rank. There is no lock: a reader may catch a slot half written, which costs a garbled word.
 """
 
+import ctypes
 import mmap
 import struct
 import time
@@ -41,6 +42,7 @@ class Board:
             file.flush()
             self._map = mmap.mmap(file.fileno(), ranks * _SLOT.size)
         self._offset = rank * _SLOT.size
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map, self._offset))  # of the rank's slot, for C
 
     def write(self, number: int, waiting: bool, text: str) -> None:
         _SLOT.pack_into(self._map, self._offset, number, time.monotonic(), waiting, text.encode())

@@ -5,6 +5,7 @@ cache that its table names, in order (PagedAttention, arXiv 2309.06180); who get
 `Batch` says which tokens of which sequences one forward pass computes.
 """
 
+import ctypes
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,6 +133,12 @@ class KVCache:
         self.k = [_zeros(shape, dtype, device) for _ in range(layers)]
         self.v = [_zeros(shape, dtype, device) for _ in range(layers)]
 
+    @cached_property
+    def in_c(self) -> tuple[kernels.Addresses, kernels.Addresses]:
+        """Where each layer's K is, and each layer's V."""
+        array = ctypes.c_void_p * len(self.k)
+        return array(*(t.data_ptr() for t in self.k)), array(*(t.data_ptr() for t in self.v))
+
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
@@ -205,9 +212,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Forward:
         """Writes this step's K and V into the layer's cache `k`, `v`, then attends over it."""
-        c = kernels.suiting(x) if batch.size % kernels.TOKENS == 0 else None
-        if c and not batch.pieces and (self.by_tiles or x.shape[0] <= kernels.ROWS):
+        if c := self.in_one_call(x, batch):
             return self.o.reduce(kernels.attention(c, self.in_c, batch.singles_in_c, x, k, v))
+        c = kernels.suiting(x) if batch.size % kernels.TOKENS == 0 else None
         qkv = self.qkv(kernels.rms_norm(x, self.norm, self.cfg.rms_eps))
         outs = self._outs_with_c(c, qkv, batch, k, v) if c else self._outs(qkv, batch, k, v)
         return self.o(outs[0] if len(outs) == 1 else torch.cat(outs))
@@ -225,6 +232,11 @@ class Attention(nn.Module):
     @cached_property
     def by_tiles(self) -> bool:
         return kernels.by_tiles(self.norm.dtype, self.cfg.hidden, self.cfg.head_dim)
+
+    def in_one_call(self, x: torch.Tensor, batch: Batch) -> Any:
+        """The library, if all of this is one call into C."""
+        fits = batch.size % kernels.TOKENS == 0 and not batch.pieces
+        return kernels.suiting(x, math.inf if self.by_tiles else kernels.ROWS) if fits else None
 
     def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """q, k and v, each (n, heads, d), of all three side by side."""

@@ -4,8 +4,11 @@ Written once for every family and layout. It knows how tensors are shared (throu
 nothing of requests, sampling or files.
 """
 
+import ctypes
 import math
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +72,7 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(weight, bias, "mlp", dtype, device)
 
     def forward(self, x: torch.Tensor) -> Forward:
-        if c := kernels.suiting(x, math.inf if self.by_tiles else kernels.ROWS):
+        if c := self.in_one_call(x):
             return self.down.reduce(kernels.mlp(c, self.in_c, x))
         return self.down(kernels.swiglu(self.gate_up(kernels.rms_norm(x, self.norm, self.eps))))
 
@@ -84,6 +87,10 @@ class MLP(nn.Module):
     @cached_property
     def by_tiles(self) -> bool:
         return kernels.by_tiles(self.norm.dtype, *self.down.weight.shape)
+
+    def in_one_call(self, x: torch.Tensor) -> Any:
+        """The library, if all of this is one call into C."""
+        return kernels.suiting(x, math.inf if self.by_tiles else kernels.ROWS)
 
 
 class Layer(nn.Module):
@@ -127,7 +134,8 @@ class Decoder(nn.Module):
     def __init__(self, cfg: ModelConfig, comm: Comm, dtype: torch.dtype, spread: Spread | None = None) -> None:
         super().__init__()
         spread = spread or Spread()
-        self.mesh = mesh = comm.mesh
+        self.comm, self.mesh = comm, comm.mesh
+        mesh = comm.mesh
         device = mesh.device
         self.cfg, self.dtype = cfg, dtype
         self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.layout.pp - 1
@@ -137,7 +145,8 @@ class Decoder(nn.Module):
             rows = split.even(cfg.vocab, mesh.layout.tp)[mesh.tp_rank]
             self.embed = VocabParallelEmbedding(Piece(table, whole, 0, rows), comm, dtype, device)
         self.rope = Rotary(cfg, device)
-        self.layers = nn.ModuleList(Layer(cfg, i, comm, spread, dtype, device) for i in numbers)
+        layers = nn.ModuleList(Layer(cfg, i, comm, spread, dtype, device) for i in numbers)
+        self.layers: Sequence[Layer] = layers  # type: ignore[assignment]
         if self.last:
             self.norm = norm_weight("model.norm.weight", cfg.hidden, dtype, device)
         self.head = VocabParallelHead(cfg.vocab, comm)
@@ -150,7 +159,7 @@ class Decoder(nn.Module):
     @property
     def moes(self) -> dict[int, MoE]:
         """The mixture-of-experts blocks of this stage, by layer number."""
-        return {layer.moe.number: layer.moe for layer in self.layers if isinstance(layer.moe, MoE)}
+        return {layer.moe.number: layer.moe for layer in self.layers if layer.moe}
 
     @property
     def weights_bytes(self) -> int:
@@ -167,6 +176,21 @@ class Decoder(nn.Module):
         if self.first:
             x = (yield from self.embed(x)) if len(x) else self.embed.weight[:0]
         batch.rope = self.rope.tables(batch.positions, self.dtype)
-        for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
-            x = yield from layer.forward(x, batch, k, v)
+        if c := self.in_one_call(x, batch):
+            kernels.layers(c, self.in_c, batch.singles_in_c, x, cache.in_c, self.comm)
+        else:
+            for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
+                x = yield from layer.forward(x, batch, k, v)
         return kernels.rms_norm(x[batch.last], self.norm, self.cfg.rms_eps) if self.last else x
+
+    def in_one_call(self, x: torch.Tensor, batch: Batch) -> Any:
+        """The library, if all layers are one call into C: dense ones, of which nothing is added behind the sum over ranks."""
+        cfg, first = self.cfg, self.layers[0]
+        if cfg.moe or cfg.out_bias or cfg.mlp_bias or not self.comm.can_reduce_in_c(x, "tp"):
+            return None
+        return first.mlp and first.mlp.in_one_call(x) and first.attention.in_one_call(x, batch)
+
+    @cached_property
+    def in_c(self) -> ctypes.Array[kernels.LayerStruct]:
+        parts = [(layer.attention.in_c, layer.mlp.in_c) for layer in self.layers if layer.mlp]
+        return (kernels.LayerStruct * len(parts))(*(kernels.LayerStruct(attention=a, mlp=m) for a, m in parts))

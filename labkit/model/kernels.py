@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from labkit import native
+from labkit.comm import Comm
+from labkit.shm import Sums
 
 # Up to which a product in C is the faster one without tiles: with AVX2 any, and attention of prompts too.
 ROWS = math.inf if torch.backends.cpu.get_cpu_capability() == "AVX2" else 8
@@ -24,15 +26,23 @@ TILED_ROWS = 512  # and with them; an MLP always is
 TOKENS = 16  # a block of the cache holds a multiple of these
 TILE = 32  # widths are multiples of these where tiles compute
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+Addresses = ctypes.Array[ctypes.c_void_p]
 _BUILDS = {"AVX512": "_kernels_avx512", "AVX2": "_kernels_avx2"}
 
 
 class _Struct(ctypes.Structure):
-    """A struct of kernels.c: whole numbers, then a float `eps` if there is one, then addresses of tensors (None: NULL)."""
+    """A struct of kernels.c: whole numbers, then a float `eps` if there is one, then addresses of tensors or structs (None:
+    NULL)."""
 
     def __init__(self, **values: Any) -> None:
         self.kept = values  # the tensors too: their memory is in use
-        super().__init__(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        super().__init__(**{k: _address(v) for k, v in values.items()})
+
+
+def _address(value: Any) -> Any:
+    if isinstance(value, ctypes.Structure):
+        return ctypes.addressof(value)
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
 
 
 def _fields(numbers: str, tensors: str, eps: bool = True) -> list[tuple[str, Any]]:
@@ -50,6 +60,10 @@ class AttentionStruct(_Struct):
 
 class MlpStruct(_Struct):
     _fields_ = _fields("dtype hidden inner", "norm gate_up gate_up_bias down")
+
+
+class LayerStruct(_Struct):
+    _fields_ = _fields("", "attention mlp", eps=False)
 
 
 class StepStruct(_Struct):
@@ -73,6 +87,7 @@ def library() -> ctypes.CDLL | None:
             "swiglu": (None, (p, p, n, n, i, i)), "prepare": (None, (attention, step, p, p, p)),
             "singles": (None, (attention, step, p, p, p, p)), "has_tiles": (i, ()),
             "piece": (None, (attention, step, n, n, n, p, p, p, p, p)),
+            "layers": (i, (p, n, step, p, p, p, p, ctypes.POINTER(Sums))),
         },
     )  # fmt: skip
 
@@ -126,6 +141,22 @@ def attention(
     y = torch.empty_like(x)
     c.labkit_attention(struct, step, x.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr())
     return y
+
+
+def layers(
+    c: Any, structs: ctypes.Array[LayerStruct], step: StepStruct, x: torch.Tensor, cache: tuple[Addresses, Addresses], comm: Comm
+) -> None:  # fmt: skip
+    """The residual x (N, hidden) becomes what it is behind all layers of a stage, for one token of each sequence.
+
+    cache: where each layer's K is, and each layer's V. `comm` can reduce in C.
+    """
+    y = torch.empty_like(x)
+
+    def call(sums: Sums | None) -> int:
+        code: int = c.labkit_layers(structs, len(structs), step, x.data_ptr(), *cache, y.data_ptr(), sums)
+        return code
+
+    comm.all_reduces_in_c(x, "tp", ("attention", "mlp"), len(structs), call)
 
 
 def singles(

@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #ifdef __linux__
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -179,6 +180,24 @@ typedef struct { /* the MLP of one layer, as far as it is on this rank */
     const void *norm, *gate_up, *gate_up_bias, *down;
 } Mlp;
 
+typedef struct {
+    const Attention *attention;
+    const Mlp *mlp;
+} Layer;
+
+typedef struct { /* how this rank adds up with others while layers are computed: shm.c's labkit_all_reduce and its arguments */
+    int (*all_reduce)(void *group, void *data, size_t count, int dtype, size_t one_shot);
+    void *group;
+    int64_t dtype, one_shot;
+    int64_t number;    /* of the last operation with other ranks */
+    double seconds[2]; /* spent in those behind attention, and behind MLPs, so far */
+    struct {           /* what the launcher sees of it (launch/board.py); NULL if there is none */
+        int64_t number;
+        double since;
+        char waiting;
+    } *doing;
+} Sums;
+
 #define T f32
 #define NAME(name) name##_f32
 #include "typed.h"
@@ -247,4 +266,38 @@ void labkit_piece(const Attention *a, const Step *s, size_t from, size_t rows, s
                   const void *k, const void *v, void *y) {
     if (by_tiles(a->dtype, FEW + 1, a->width, a->hidden)) tiled_piece(a, s, from, rows, start, table, qkv, k, v, y);
     else PICK(a->dtype, piece, a, s, from, rows, start, table, qkv, k, v, y);
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + t.tv_nsec * 1e-9;
+}
+
+/* y (count,) becomes its sum over ranks. `which`: of `seconds`. */
+static int reduce(Sums *sums, int which, void *y, size_t count) {
+    double began = now();
+    sums->number++;
+    if (sums->doing) sums->doing->number = sums->number, sums->doing->since = began, sums->doing->waiting = 1;
+    int failed = sums->all_reduce(sums->group, y, count, sums->dtype, sums->one_shot);
+    double ended = now();
+    if (sums->doing && !failed) sums->doing->since = ended, sums->doing->waiting = 0;
+    sums->seconds[which] += ended - began;
+    return failed;
+}
+
+/* x (rows, hidden), the residual, becomes what it is behind `count` layers, for one token of each sequence; y: room for as much.
+   k, v: each layer's cache; sums: NULL if this rank is alone. Returns 0, or what all_reduce said when it failed. */
+int labkit_layers(const Layer *layers, size_t count, const Step *s, void *x, void *const *k, void *const *v, void *y, Sums *sums) {
+    for (const Layer *l = layers; l < layers + count; l++, k++, v++) {
+        size_t all = s->rows * l->mlp->hidden;
+        int failed;
+        labkit_attention(l->attention, s, x, *k, *v, y);
+        if (sums && (failed = reduce(sums, 0, y, all))) return failed;
+        PICK(l->mlp->dtype, add, x, y, all);
+        labkit_mlp(l->mlp, s->rows, s->threads, x, y);
+        if (sums && (failed = reduce(sums, 1, y, all))) return failed;
+        PICK(l->mlp->dtype, add, x, y, all);
+    }
+    return 0;
 }

@@ -8,6 +8,11 @@ static void NAME(narrow_all)(const float *x, T *y, size_t count) {
     for (size_t i = 0; i < count; i++) y[i] = NAME(narrow)(x[i]);
 }
 
+/* x += y */
+static void NAME(add)(T *x, const T *y, size_t count) {
+    for (size_t i = 0; i < count; i++) x[i] = NAME(narrow)(NAME(wide)(x[i]) + NAME(wide)(y[i]));
+}
+
 /* -- products ------------------------------------------------------------------------------------------------------- */
 
 /* total[r x LANES + o], of row r of x (rows, in) and row o of w (outs, in): LANES sums, each of every LANES-th product. The rows of w
