@@ -59,6 +59,7 @@ def _steps(comm: Comm, decoder: Decoder, cache: KVCache, mode: str = "none") -> 
     tables = [[3, 0, 7], [11, 2], [5]]  # not neighbours, not in order
     starts, tokens, out = [0, 0, 0], PROMPTS, []
     for step in range(4):
+        comm.phase = "decode" if step else "prefill"
         ids = torch.tensor([i for t in tokens for i in t])
         x = ids if decoder.first else pipeline.expect(comm, decoder, len(ids)).wait()
         y = overlap.forward(comm, decoder, cache, x, overlap.cut(tokens, starts, tables, [True] * 3, mode))

@@ -103,6 +103,16 @@ static float *scratch(int use, size_t count) {
     return memory[use];
 }
 
+/* Whether of LANES rows of a matrix, `stride` bytes apart, some push each other out of the first-level cache. AMD's Zen and Zen 2 look
+   lines up there by their place in a page and 8 bits, each of two bits of the address (Lipp et al. 2020, doi:10.1145/3320269.3384746). */
+static int collide(size_t stride) {
+    for (size_t s = 1; s < LANES; s++) {
+        size_t a = s * stride, up = a >> 12 ^ a >> 27, middle = a >> 13 ^ a >> 26, down = a >> 14 ^ a >> 25;
+        if (!(a & 4095) && !((up | middle | down) & 1) && !((a >> 15 ^ a >> 20) & 31)) return 1;
+    }
+    return 0;
+}
+
 #ifdef __AVX512F__
 /* Sums over groups of `far` lanes, of two vectors: each group's halves are added up, b's behind a's. */
 INLINE vec fold(vec a, vec b, int far) {

@@ -116,10 +116,12 @@ static void NAME(linear)(const float *x, const T *w, const T *bias, float *y, si
         float *filled = memset(scratch(FOR_TILES, most * in), 0, most * in * sizeof(float));
         x = memcpy(filled, x, rows * in * sizeof(float));
     }
+    /* Rows far apart that get in each other's way are taken a row further apart; what lies between is for the last tiles then. */
+    size_t gap = APART && tiles > LANES && collide(tiles * in * sizeof(T)), spread = APART ? tiles - gap * (LANES - 1) : 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (size_t t = 0; t < tiles + (out % LANES > 0); t++) {
-        /* the last may overlap others: the same numbers are written twice */
-        size_t apart = APART && t < tiles ? tiles : 1, first = t == tiles ? out - LANES : APART ? t : t * LANES;
+        size_t apart = t < spread ? tiles + gap : 1, first = t < spread ? t : spread + (t - spread) * (APART ? tiles + gap : LANES);
+        if (t == tiles) first = out - LANES; /* it may overlap others: the same numbers are written twice */
         float sum[MANY * LANES];
         for (size_t r = 0; r < most; r += tall) /* fetched meanwhile: what follows in each stream, or the next tile */
             FOR_ROWS_OF(tall, NAME(tile), x + r * in, w + first * in, sum + r * LANES, in, apart * in, APART ? 384 : LANES * in);
