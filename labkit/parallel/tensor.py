@@ -19,7 +19,7 @@ from torch import nn
 from labkit import split
 from labkit.comm import Comm, Exchange, Forward
 from labkit.model.checkpoint import Piece, parameter
-from labkit.model.kernels import linear
+from labkit.model.kernels import linear, top
 
 
 class ColumnParallelLinear(nn.Module):
@@ -93,7 +93,7 @@ class VocabParallelHead(nn.Module):
         Two numbers per row and rank are exchanged instead of the scores; float64 holds ids and float32 scores exactly.
         The first of equal scores wins, as torch.argmax does.
         """
-        best, at = scores.max(dim=-1)
+        best, at = (t.squeeze(1) for t in top(scores, 1))
         pair = torch.stack([best.double(), (at + self.rows.start).double()])
         for axis in ("pp", "tp"):
             pairs = self.comm.all_gather(pair, axis, "logits")  # (ranks, 2, B)
