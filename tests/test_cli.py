@@ -86,9 +86,11 @@ def test_bench_experts() -> None:
 
 def test_bench_decode() -> None:
     done = labkit(
-        "bench", "decode", "--pp", "2", "--tokens", "5", "--prompt", "4", "--batch", "2", "--repeats", "3", "--json"
-    )
-    (row,) = json.loads(done.stdout)["results"]
+        "bench", "decode", "--pp", "2", "--tokens", "5", "--prompt", "4", "--batch", "2", "--repeats", "3",
+        "--temperature", "0.8", "--top-p", "0.9", "--json",
+    )  # fmt: skip
+    row, greedy = json.loads(done.stdout)["results"]
+    assert (row["name"], greedy["name"]) == ("layout", "greedy") and not greedy["same_tokens"]
     check_report(row, {"tp": 1, "pp": 2, "dp": 1, "ep": 1})
     assert len(row["tpot_ms_all"]) == 3 and row["tpot_ms"] == row["tpot_ms_all"][1]
     assert row["weights_gb_per_s"] > 0

@@ -46,6 +46,10 @@ def bench_decode(
     threads: Threads = None,
     link: LinkRate = None,
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="on GPUs: without CUDA graphs")] = False,
+    temperature: Annotated[float, typer.Option(help="sample, and compare with greedy decoding, taking turns")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="with a temperature: from the likeliest tokens, together as likely as this")
+    ] = 1.0,
     compare: Annotated[bool, typer.Option(help="also through sockets alone, and one rank, taking turns")] = False,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +61,7 @@ def bench_decode(
 
     rows = decode(
         model, dtype=dtype, tp=tp, pp=pp, dp=dp, ep=ep, batch=batch, prompt=prompt, tokens=tokens, repeats=repeats,
-        threads=threads, link=link, enforce_eager=enforce_eager, compare=compare,
+        threads=threads, link=link, enforce_eager=enforce_eager, temperature=temperature, top_p=top_p, compare=compare,
     )  # fmt: skip
 
     def show() -> None:

@@ -32,8 +32,8 @@ def in_turns(
     """Serves the same `batch` prompts of `prompt` tokens, `tokens` generated for each, with each variant in turn.
 
     Args:
-        variants: by name, arguments of `LLM`; also `batch`, for a variant that serves another number of prompts. shared: those
-            that all have in common.
+        variants: by name, arguments of `LLM`; also `batch`, for a variant that serves another number of prompts, and `sampling`,
+            arguments of `SamplingParams` (greedy by default). shared: those that all have in common.
         prompts: the token ids, random ones by default.
         repeats: rounds that count, after one to warm up.
 
@@ -46,14 +46,15 @@ def in_turns(
     if min(batch, prompt, tokens, repeats) < 1:
         raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
     batches = {name: arguments.get("batch", batch) for name, arguments in variants.items()}
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    common = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
+    params = {name: SamplingParams(**common | arguments.get("sampling", {})) for name, arguments in variants.items()}
     llms: dict[str, LLM] = {}
     runs: dict[str, list[Row]] = {name: [] for name in variants}
     ids: dict[str, list[list[int]]] = {}
     roofs: dict[tuple[str, int, str], list[roofline.Roof]] = {}  # by what computes together
     try:
         for name, arguments in variants.items():
-            own = {key: value for key, value in arguments.items() if key != "batch"}
+            own = {key: value for key, value in arguments.items() if key not in ("batch", "sampling")}
             llms[name] = LLM(
                 model, **{"max_model_len": prompt + tokens, "max_num_seqs": batches[name], **shared, **own}
             )
@@ -63,7 +64,7 @@ def in_turns(
             prompts = torch.randint(0, vocab, size, generator=torch.Generator().manual_seed(0)).tolist()
         for _ in range(repeats + 1):
             for name, llm in llms.items():
-                outputs = llm.generate(prompts[: batches[name]], params)
+                outputs = llm.generate(prompts[: batches[name]], params[name])
                 ids[name] = [output.outputs[0].token_ids for output in outputs]
                 report = llm.report()
                 runs[name].append(report | {"seconds": batches[name] * tokens / report["tokens_per_s"]})
@@ -107,11 +108,11 @@ def _under(row: Row, roofs: Sequence[roofline.Roof]) -> Row:
 def decode(
     model: str, *, dtype: str = "auto", tp: int = 1, pp: int = 1, dp: int = 1, ep: bool = False, batch: int = 1,
     prompt: int = 32, tokens: int = 64, repeats: int = 5, threads: int | None = None, link: str | None = None,
-    enforce_eager: bool = False, compare: bool = False,
+    enforce_eager: bool = False, temperature: float = 0.0, top_p: float = 1.0, compare: bool = False,
 ) -> list[Row]:  # fmt: skip
-    """Decode speed of a layout; on GPUs without CUDA graphs if `enforce_eager`. With `compare` three rows that took turns: the
-    layout, the same through sockets alone, and one rank with as many threads as one of the layout's; each with `speedup` over
-    that one rank.
+    """Decode speed of a layout; on GPUs without CUDA graphs if `enforce_eager`. With a `temperature` a second row, which took
+    turns, of greedy decoding. With `compare` two more: the same through sockets alone, and one rank with as many threads as one
+    of the layout's; each with `speedup` over that one rank.
 
     Rows are `in_turns`'s, with `weights_gb_per_s`: bytes of weights read per decode step over the TPOT, in GB/s on all ranks
     together (compare it with `memory_gb_per_s`: batch 1 decode is bound by it), and `comm_share`: the part of
@@ -123,9 +124,12 @@ def decode(
         "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "data_parallel_size": dp, "enable_expert_parallel": ep,
         "link": link,
     }  # fmt: skip
-    variants: dict[str, dict[str, Any]] = {"layout": layout}
+    sampling = {"sampling": {"temperature": temperature, "top_p": top_p, "seed": 0}}
+    variants: dict[str, dict[str, Any]] = {"layout": layout | sampling}
+    if temperature:
+        variants |= {"greedy": layout}
     if compare:
-        variants |= {"sockets alone": layout | {"shared_memory": False}, "one rank": {}}
+        variants |= {"sockets alone": layout | sampling | {"shared_memory": False}, "one rank": sampling}
     if threads is None and compare:
         threads = threads_per_rank(tp * pp * dp)
     rows = in_turns(

@@ -101,9 +101,11 @@ class VocabParallelHead(nn.Module):
         return pair[1].long()
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor:
-        """The whole rows (B, vocab) from each rank's part (B, part), on every rank."""
+        """The whole rows (B, vocab) from each rank's part (B, part), on every rank; where that is all, the same tensor."""
         shares = [range(parts[0].start, parts[-1].stop) for parts in self.parts]  # of the tp ranks, all stages together
         for axis, cut in (("pp", self.parts[self.comm.mesh.tp_rank]), ("tp", shares)):
+            if len(cut) == 1:
+                continue
             widest = max(map(len, cut))
             padded = F.pad(logits, (0, widest - logits.shape[1]))  # all-gather wants equal shapes
             parts = self.comm.all_gather(padded, axis, "logits")
