@@ -1,10 +1,10 @@
 """What layers are made of, in C (`labkit/native/kernels.c`) where that is faster, on CPUs, and in PyTorch elsewhere.
 
-A decode step is bound by memory: it reads each weight once. Half a layer of a few tokens is one call into C, which hardly takes
-longer than reading its weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
-between them costs more than it computes. For many rows C's products are the faster ones on a processor with AVX2 alone, for which
-PyTorch has none of bfloat16, and on one with AMX in bfloat16, and so is its attention of prompts; elsewhere PyTorch's are, and C
-does what stands between them. LABKIT_KERNELS=torch in the environment leaves C out.
+A decode step is bound by memory: it reads each weight once. Its layers are one call into C, or half a layer is, which takes
+hardly longer than reading the weights; PyTorch's products of one row with a bfloat16 matrix take twice that, and each operation
+between them costs more than it computes. For many rows C's products are the faster ones on a processor with AVX2 alone, for
+which PyTorch has none of bfloat16, and on one with AMX in bfloat16, and so is its attention of prompts; elsewhere PyTorch's are,
+and C does what stands between them. LABKIT_KERNELS=torch in the environment leaves C out.
 """
 
 import ctypes

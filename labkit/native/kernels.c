@@ -1,6 +1,6 @@
-/* Half a layer in one call: for the few rows of a decode step, which reads each weight once and is as fast as memory, and with AVX2
-   for many, which are as fast as the processor computes; attention of prompts; and what stands between the matrix products, for any
-   number of rows. Where the processor has tile registers, products of many rows and attention of prompts by these (amx.h).
+/* Half a layer in one call, or all layers, sums over ranks included: for the few rows of a decode step, which reads each weight once
+   and is as fast as memory, and with AVX2 for many, which are as fast as the processor computes; attention of prompts; and what stands
+   between the matrix products, for any number of rows. Where the processor has tile registers, products of many rows and attention of prompts by these (amx.h).
 
    Everything is summed in float32, of numbers that are stored as float32 (dtype 0) or bfloat16 (dtype 1). What comes out for a row
    is the same bits whatever rows are beside it, but that up to MANY (FEW, where there are tiles) and more may be rounded in different

@@ -13,10 +13,11 @@ reads of so many bytes, whose rate is measured beside the probes, and again, in 
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -257,10 +258,23 @@ def _file() -> Path:
     return cache_root() / "local.json"
 
 
+@cache
+def _engine() -> str:
+    """A checksum of what serves: of the engine, the model, how they are split, and what is compiled."""
+    parts = [
+        path
+        for name in ("engine", "model", "parallel", "native")
+        for path in Path(split.__file__).parent.glob(f"{name}/*.*")
+    ]
+    code = b"".join(path.read_bytes() for path in sorted(parts) if path.suffix in (".py", ".so"))
+    return f"{zlib.crc32(code):08x}"
+
+
 def _machine() -> str:
-    """What the constants are of, and which: what another version has kept is measured again."""
+    """What the constants are of, and which: what another machine or version has kept is measured again."""
     names = " ".join((*Constants.__dataclass_fields__, *map(str, BATCHES)))
-    return f"{machine('cpu')}, torch {torch.__version__}, kernels {os.environ.get('LABKIT_KERNELS', 'C')}: {names}"
+    kernels = os.environ.get("LABKIT_KERNELS", "C")
+    return f"{machine('cpu')}, torch {torch.__version__}, kernels {kernels}, engine {_engine()}: {names}"
 
 
 def _kept() -> dict[str, Any]:
