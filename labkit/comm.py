@@ -181,7 +181,8 @@ class Comm:
         return self._begin("all_reduce", axis, what, y.nbytes, wire, start, lambda: _written(x, y))
 
     def can_reduce_in_c(self, x: torch.Tensor, axis: str) -> bool:
-        """Whether `all_reduces_in_c` can add up tensors like `x`; alike on all ranks of `axis`."""
+        """Whether `all_reduces_in_c` can add up tensors like `x`; alike on all ranks of `axis`. It imitates no link and keeps no
+        events."""
         alone = self.mesh.size(axis) == 1
         plain = self._on_cpu and self.link is None and self.events is None
         return alone or (plain and self._shared("all_reduce", axis, x) is not None)
@@ -189,7 +190,7 @@ class Comm:
     def all_reduces_in_c(
         self, x: torch.Tensor, axis: str, whats: tuple[str, str], times: int, call: Callable[[Sums | None], int]
     ) -> None:
-        """Runs `call`, C code that adds up tensors like `x` by itself: `times` for each of `whats`, in turn."""
+        """Runs `call`, C code that adds up tensors like `x` by itself, `times` for each of `whats`, in turn, and counts that."""
         n = self.mesh.size(axis)
         if n == 1:
             call(None)

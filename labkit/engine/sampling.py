@@ -47,12 +47,11 @@ def _draw(scores: torch.Tensor, requests: Sequence[Request], head: VocabParallel
     """Ids (B,). Which tokens are in the top p or k is a question about whole rows; where nobody asks it, parts will do."""
     asking = [r.params.restricts and not r.params.greedy for r in requests]
     ids = torch.empty(len(requests), dtype=torch.int64, device=scores.device)
-    for restricted in {*asking}:
+    for restricted in sorted({*asking}):
         rows = [i for i, asks in enumerate(asking) if asks == restricted]
         some, of = [requests[i] for i in rows], scores[rows] if len(rows) < len(requests) else scores
         of = head.gather(of) if restricted else of
-        for row, request in zip(of, some, strict=True):
-            row /= 1 if request.params.greedy else request.params.temperature
+        of /= torch.tensor([[1 if r.params.greedy else r.params.temperature] for r in some], device=of.device)
         if restricted:
             values, tokens = _left(of, [r.params for r in some])
             _add_noise(values, some, tokens)
