@@ -128,14 +128,15 @@ class Decoder(nn.Module):
     """This rank's part. First stage: token ids in; others: the residual (N, hidden) of the stage before.
 
     Last stage: each sequence's last token out, (B, hidden), normed, which the `head` makes logits of; others: the residual.
-    A forward yields at each communication point (`parallel.overlap` says who goes on from there).
+    A forward yields at each communication point (`parallel.overlap` says who goes on from there), except where C goes through all
+    layers of a decode step and meets the other ranks itself.
     """
 
     def __init__(self, cfg: ModelConfig, comm: Comm, dtype: torch.dtype, spread: Spread | None = None) -> None:
         super().__init__()
         spread = spread or Spread()
-        self.comm, self.mesh = comm, comm.mesh
-        mesh = comm.mesh
+        self.comm = comm
+        self.mesh = mesh = comm.mesh
         device = mesh.device
         self.cfg, self.dtype = cfg, dtype
         self.first, self.last = mesh.pp_rank == 0, mesh.pp_rank == mesh.layout.pp - 1
