@@ -51,6 +51,12 @@ class Tally:
     sent_to: list[int] | None = None  # all-to-all: bytes for each rank of the axis, itself included
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
+    def add(self, calls: int, payload: int, wire: int) -> None:
+        """Counts calls of so many bytes each."""
+        self.calls += calls
+        self.payload_bytes += calls * payload
+        self.wire_bytes += calls * wire
+
     @property
     def seconds(self) -> float:
         """Time on the device for NCCL (waits for it to finish), on the host for gloo."""
@@ -155,7 +161,7 @@ class Comm:
             return x
         y = self._stage(x)
         shared = self._shared("all_reduce", axis, y)
-        wire = 2 * (n - 1) * y.nbytes // n
+        wire = _all_reduce_wire(y, n)
 
         def reduce(group: dist.ProcessGroup | None) -> None:
             if shared:
@@ -173,7 +179,7 @@ class Comm:
             self.all_reduce(x, axis, what)
             return Pending(lambda: x)
         y = self._stage(x)
-        wire = 2 * (n - 1) * y.nbytes // n
+        wire = _all_reduce_wire(y, n)
 
         def start(group: dist.ProcessGroup | None) -> dist.Work:
             return dist.all_reduce(y, group=group, async_op=True)
@@ -208,9 +214,7 @@ class Comm:
         if self.meter:
             for what, seconds in zip(whats, sums.seconds, strict=True):
                 tally = self._tally("all_reduce", axis, what)
-                tally.calls += times
-                tally.payload_bytes += times * x.nbytes
-                tally.wire_bytes += times * (2 * (n - 1) * x.nbytes // n)
+                tally.add(times, x.nbytes, _all_reduce_wire(x, n))
                 tally.host_seconds += seconds
 
     def all_gather(self, x: torch.Tensor, axis: str = "world", what: str = "") -> torch.Tensor:
@@ -502,9 +506,7 @@ class Comm:
     def _count(self, op: str, axis: str, what: str, payload: int, wire: int, kind: str, began: float) -> Tally:
         tally = self._tally("send" if op == "recv" else op, axis, what)
         if kind in ("call", "start"):
-            tally.calls += 1
-            tally.payload_bytes += payload
-            tally.wire_bytes += wire
+            tally.add(1, payload, wire)
         if self.timed and not self._on_device:
             ended = time.perf_counter()
             tally.host_seconds += ended - began
@@ -512,6 +514,10 @@ class Comm:
                 kind = "call" if kind == "recv" else kind
                 self.events.append(Event(kind, op, axis, self.phase, what, began, ended))
         return tally
+
+
+def _all_reduce_wire(x: torch.Tensor, n: int) -> int:
+    return 2 * (n - 1) * x.nbytes // n
 
 
 def _written(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -64,11 +64,12 @@ def _draw(scores: torch.Tensor, requests: Sequence[Request], head: VocabParallel
 
 def _add_noise(scores: torch.Tensor, requests: Sequence[Request], tokens: torch.Tensor) -> None:
     """Adds Gumbel noise to scores (B, n) of `tokens` (B, n), in place, unless the request is greedy."""
-    at_once = len(scores) if scores.is_cuda else max(1, IN_CACHE // max(scores.shape[1], 1))
+    at_once = len(scores) if scores.is_cuda else max(1, IN_CACHE // scores.shape[1])
     for start in range(0, len(scores), at_once):
         rows = slice(start, start + at_once)
-        keys = torch.tensor([_key(r.seed, len(r.tokens)) for r in requests[rows]], dtype=torch.int32).to(scores.device)
-        x = tokens[rows].int() * keys[:, :1] + keys[:, 1:]
+        keys = [_key(r.seed, len(r.tokens)) for r in requests[rows]]
+        factor, offset = torch.tensor(keys, dtype=torch.int32, device=scores.device).split(1, dim=1)
+        x = tokens[rows].int() * factor + offset
         for shift, odd in ((16, 0x7FEB352D), (15, -0x7B935975), (16, 1)):
             x = (x ^ (x >> shift & (1 << 32 - shift) - 1)) * odd
         # Between 0 and 1, finest towards 0, where the largest noise comes from.
