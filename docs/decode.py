@@ -22,7 +22,7 @@ def main() -> None:
         comm = max(rank["decode_comm_ms_per_token"] for rank in row["ranks"])
         axes.barh(name, row["tpot_ms"] - comm, color="#0072B2", label="computing")
         axes.barh(name, comm, left=row["tpot_ms"] - comm, color="#E69F00", hatch="//", label="communicating, waiting")
-        spread = row["tpot_ms_all"]
+        spread = sorted(row["tpot_ms_all"])
         label = f" {row['tpot_ms']:.0f} ms ({spread[0]:.0f}-{spread[-1]:.0f}), {comm / row['tpot_ms']:.0%} of it communication"
         axes.text(row["tpot_ms"], name, label, va="center", fontsize=9)
     axes.invert_yaxis()

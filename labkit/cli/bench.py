@@ -68,6 +68,8 @@ def bench_decode(
         show_report(rows[0])
         compared = ("speedup", "same_tokens") if compare else ()
         _table(rows, ("name", "tpot_ms", "comm_share", "memory_gb_per_s", "roofline_share", *compared))
+        if compare:
+            _rounds(rows)
 
     finish({"results": rows}, as_json, show)
 
@@ -343,7 +345,24 @@ def _table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
 def _with_range(row: dict[str, Any], column: str) -> str:
     """A figure; of several times that a run took, the median and their range."""
     every = row[f"{column}_all"] if column in ("seconds", "tpot_ms") and row[column] is not None else []
-    return cell(row[column]) + (f" ({cell(every[0])}-{cell(every[-1])})" if len(every) > 1 else "")
+    return cell(row[column]) + (f" ({cell(min(every))}-{cell(max(every))})" if len(every) > 1 else "")
+
+
+def _rounds(rows: list[dict[str, Any]]) -> None:
+    """What took turns, round by round, beside what memory gave to all and to one: where the machine's speed changes, this tells
+    whether the speedup changes with it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    layout, one = rows[0], rows[-1]
+    columns = {f"{row['name']}, ms": row["tpot_ms_all"] for row in rows}
+    columns["speedup"] = [b / a for a, b in zip(layout["tpot_ms_all"], one["tpot_ms_all"], strict=True)]
+    for row in (layout, one) if layout["memory_gb_per_s_all"] else ():
+        columns[f"memory for {row['name']}, GB/s"] = row["memory_gb_per_s_all"]
+    table = Table("round", *columns, title="round by round", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, values in enumerate(zip(*columns.values(), strict=True), 1):
+        table.add_row(str(number), *map(cell, values))
+    console.print(table)
 
 
 def _range(text: str) -> tuple[int, int]:

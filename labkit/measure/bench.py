@@ -38,10 +38,11 @@ def in_turns(
         repeats: rounds that count, after one to warm up.
 
     Returns a row for each variant: the report (`LLM.report`) of its median run, by TPOT or, for one token, by time, with
-    `name`, `seconds`, all `seconds_all`, `tpot_ms_all` and `ttft_ms_all` (sorted), the workload, and `same_tokens`: whether it
-    generated what the first did, for the prompts that both served. What all its cores or GPUs reach together, measured in each
-    round (not under torchrun, then None): `memory_gb_per_s`, and of products `tflops`; `roofline_share`: the least time that a
-    step of decode, or for one token all the prefill, takes with that, over the time that it took.
+    `name`, `seconds`, the workload, and `same_tokens`: whether it generated what the first did, for the prompts that both
+    served. `seconds_all`, `tpot_ms_all` and `ttft_ms_all`: of each round, in their order. What all its cores or GPUs reach
+    together, measured in each round (not under torchrun, then None): `memory_gb_per_s`, in all rounds `memory_gb_per_s_all`,
+    and of products `tflops`; `roofline_share`: the least time that a step of decode, or for one token all the prefill, takes
+    with that, over the time that it took.
     """
     if min(batch, prompt, tokens, repeats) < 1:
         raise ValueError(f"batch={batch}, prompt={prompt}, tokens={tokens}, repeats={repeats}: use 1 or more")
@@ -62,14 +63,15 @@ def in_turns(
         if prompts is None:
             size = (max(batches.values()), prompt)
             prompts = torch.randint(0, vocab, size, generator=torch.Generator().manual_seed(0)).tolist()
-        for _ in range(repeats + 1):
+        for turn in range(repeats + 1):
             for name, llm in llms.items():
                 outputs = llm.generate(prompts[: batches[name]], params[name])
                 ids[name] = [output.outputs[0].token_ids for output in outputs]
                 report = llm.report()
                 runs[name].append(report | {"seconds": batches[name] * tokens / report["tokens_per_s"]})
-            for workers in {roofline.workers(run[-1]) for run in runs.values()} if not in_torchrun() else ():
-                roofs.setdefault(workers, []).append(roofline.measure(*workers))
+                measured = roofs.setdefault(roofline.workers(report), [])
+                if not in_torchrun() and len(measured) == turn:  # at once: the next one's turn may last seconds
+                    measured.append(roofline.measure(*roofline.workers(report)))
     finally:
         for llm in llms.values():
             llm.close()
@@ -80,19 +82,25 @@ def in_turns(
         ranked = sorted(reports[1:], key=lambda r: r["tpot_ms"] or r["seconds"])
         rows.append(ranked[(len(ranked) - 1) // 2] | {
             "name": name, "model": model, "batch": batches[name], "prompt_tokens": prompt, "new_tokens": tokens,
-            "repeats": repeats, "seconds_all": sorted(r["seconds"] for r in ranked),
-            "tpot_ms_all": [r["tpot_ms"] for r in ranked], "ttft_ms_all": sorted(r["ttft_ms"] for r in ranked),
-            "same_tokens": ids[name][:both] == first[:both],
-        })  # fmt: skip
-        rows[-1] |= _under(rows[-1], roofs.get(roofline.workers(rows[-1]), []))
+            "repeats": repeats, "same_tokens": ids[name][:both] == first[:both],
+        } | {f"{field}_all": [r[field] for r in reports[1:]] for field in ("seconds", "tpot_ms", "ttft_ms")})  # fmt: skip
+        rows[-1] |= _under(rows[-1], roofs[roofline.workers(rows[-1])][1:])
     return rows
+
+
+def speedup(row: Row, over: Row, field: str = "tpot_ms") -> float:
+    """How many times as fast as a row that took turns with it, in the median of the rounds.
+
+    Within a round the machine changes less than between two rounds, so this is steadier than the ratio of two medians."""
+    return median(theirs / ours for theirs, ours in zip(over[f"{field}_all"], row[f"{field}_all"], strict=True))
 
 
 def _under(row: Row, roofs: Sequence[roofline.Roof]) -> Row:
     """The roof, in the median of the rounds, and the row's share of it."""
     if not roofs:
-        return dict.fromkeys(("memory_gb_per_s", "tflops", "roofline_share"))
-    roof = roofline.Roof(median(r.memory_gb_per_s for r in roofs), median(r.tflops for r in roofs))
+        return dict.fromkeys(("memory_gb_per_s", "memory_gb_per_s_all", "tflops", "roofline_share"))
+    memory = [r.memory_gb_per_s for r in roofs]
+    roof = roofline.Roof(median(memory), median(r.tflops for r in roofs))
     layout, batch, prompt, new = row["layout"], row["batch"], row["prompt_tokens"], row["new_tokens"]
     replicas = 1 if layout["ep"] > 1 else layout["dp"]  # that read the weights each for itself
     if new > 1:
@@ -102,7 +110,10 @@ def _under(row: Row, roofs: Sequence[roofline.Roof]) -> Row:
         passes, tokens, took = replicas * row["ranks"][0]["prefill_steps"], batch * prompt, row["seconds"]
         kv, pairs = 0, batch * prompt**2 / 2
     least = roof.seconds(row["model"], row["dtype"], passes, tokens=tokens, sequences=batch, kv_tokens=kv, pairs=pairs)
-    return {"memory_gb_per_s": roof.memory_gb_per_s, "tflops": roof.tflops, "roofline_share": least / took}
+    return {
+        "memory_gb_per_s": roof.memory_gb_per_s, "memory_gb_per_s_all": memory, "tflops": roof.tflops,
+        "roofline_share": least / took,
+    }  # fmt: skip
 
 
 def decode(
@@ -140,7 +151,7 @@ def decode(
         weights = sum(rank["weights_bytes"] for rank in row["ranks"])
         row["weights_gb_per_s"] = weights / row["tpot_ms"] / 1e6
         row["comm_share"] = max(r["decode_comm_ms_per_token"] for r in row["ranks"]) * batch / row["tpot_ms"]
-        row["speedup"] = rows[-1]["tpot_ms"] / row["tpot_ms"] if compare else None
+        row["speedup"] = speedup(row, rows[-1]) if compare else None
     return rows
 
 
@@ -186,7 +197,7 @@ def pipeline(
     `batch` on one rank; 8 x `batch`. Prefill: `batch` prompts of `prompt` tokens, `step` of them in a forward pass.
 
     Rows are `in_turns`'s, two for each load, with `load`, `throughput` (decode: tokens/s of all requests while they decode,
-    batch / TPOT; prefill: prompt tokens/s) and `gain`, its ratio to that of the one rank.
+    batch / TPOT; prefill: prompt tokens/s) and `gain`, its ratio to that of the one rank in the median of the rounds.
     """
     if pp < 2 or tokens < 2:
         raise ValueError(f"pp={pp}, tokens={tokens}: use 2 or more")
@@ -212,7 +223,7 @@ def pipeline(
             tpot = row["tpot_ms"]
             row["load"] = load
             row["throughput"] = row["batch"] / tpot * 1e3 if tpot else row["batch"] * length / row["seconds"]
-            row["gain"] = row["throughput"] / pair[0]["throughput"]
+            row["gain"] = speedup(row, pair[0], "tpot_ms" if tpot else "seconds") * row["batch"] / alone
         rows += pair
     return rows
 
@@ -240,7 +251,7 @@ def hosts(
         if row["hosts"] == 1:
             raise ValueError("all ranks are on one host: give a link, or run it under torchrun on several hosts")
         row["measured_bytes"] = row["between_hosts_bytes_per_token"]["decode"]
-        row["slowdown"] = row["tpot_ms"] / rows[0]["tpot_ms"]
+        row["slowdown"] = speedup(rows[0], row)
         if not in_torchrun() or os.environ["RANK"] == "0":
             dry = dryrun(
                 model, tp=tp, pp=pp, batch=batch, context=prompt + 1, dtype=row["dtype"], device="cpu", rank_order=order,
@@ -297,8 +308,8 @@ def experts(
         row["busiest_over_mean"] = row["experts"]["busiest_over_mean"]
         row["ttft_ms"] = median(row["ttft_ms_all"])  # of its own, not that of the run with the median TPOT
     for row in rows:
-        row["prefill_speedup"] = rows[-1]["ttft_ms"] / row["ttft_ms"]
-        row["decode_speedup"] = rows[-1]["tpot_ms"] / row["tpot_ms"] if row["tpot_ms"] else None
+        row["prefill_speedup"] = speedup(row, rows[-1], "ttft_ms")
+        row["decode_speedup"] = speedup(row, rows[-1]) if row["tpot_ms"] else None
     return rows
 
 
@@ -344,7 +355,7 @@ def overlap(
     for link in links:
         group = in_turns(model, {mode: {"overlap": mode} for mode in modes}, repeats=repeats, link=link, **work)
         for row in group:
-            row["gain"] = group[0]["seconds"] / row["seconds"]
+            row["gain"] = speedup(row, group[0], "seconds")
             row["comm_ms"], row["hidden_ms"] = _comm_ms(row, "ms_per_token"), _comm_ms(row, "hidden_ms_per_token")
         rows += group
     return rows
