@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from labkit import Layout, SamplingParams
 from labkit.comm import Comm
+from labkit.engine.blocks import BlockPool
 from labkit.engine.requests import Request
 from labkit.engine.scheduler import Scheduler, Step
 from labkit.launch.local import RankGroup
@@ -28,14 +29,15 @@ from labkit.parallel.expert import EXCHANGES, MoE, Spread
 
 @dataclass
 class Work:
-    """lanes ... budget: the scheduler's. requests: by tick of arrival, their prompts' lengths and how many tokens they want.
-    aborted: by tick, a request."""
+    """lanes ... caching: the scheduler's and its pool's. requests: by tick of arrival, their prompts' lengths and how many tokens
+    they want. aborted: by tick, a request."""
 
     lanes: int
     sequences: int
     blocks: int
     size: int
     budget: int
+    caching: bool
     requests: list[tuple[int, int, int]]
     aborted: dict[int, int]
 
@@ -50,19 +52,24 @@ def work(draw: st.DrawFn) -> Work:
     return Work(
         lanes=draw(st.integers(1, 4)), sequences=draw(st.integers(1, 6)), size=size,
         blocks=longest + draw(st.integers(0, 2 * longest)), budget=draw(st.integers(1, 50)), requests=requests,
+        caching=draw(st.booleans()),
         aborted=draw(st.dictionaries(st.integers(0, 40), st.integers(0, len(requests) - 1), max_size=3)),
     )  # fmt: skip
 
 
 def token(request: int, position: int) -> int:
-    return (request * 1009 + position * 31) % 997
+    """Of three texts, which several requests have."""
+    return (request % 3 * 1009 + position * 31) % 997
 
 
 def check_blocks(scheduler: Scheduler) -> None:
-    """Every block is free, or one request's."""
+    """Every block is free, known and nobody's, or those requests' that it counts."""
+    pool = scheduler.pool
     admitted = [*scheduler.filling, *(request for lane in scheduler.running for request in lane)]
     held = [block for request in admitted for block in request.blocks]
-    assert sorted([*held, *scheduler.free]) == list(range(scheduler.blocks))
+    assert sorted([*set(held), *pool.free, *pool.kept]) == list(range(pool.blocks))
+    assert pool.users == [held.count(block) for block in range(pool.blocks)]
+    assert pool.prefix_caching or (not pool.kept and len(held) == len(set(held)))
     assert len(admitted) <= scheduler.sequences
     assert not any(request.blocks or request.computed for request in scheduler.waiting)
 
@@ -74,8 +81,10 @@ def test_any_work_is_scheduled_whole_in_order_and_alike_everywhere(w: Work) -> N
         Request(i, [token(i, p) for p in range(length)], SamplingParams(), 0, frozenset(), wanted)
         for i, (_, length, wanted) in enumerate(w.requests)
     ]
-    options = {"lanes": w.lanes, "sequences": w.sequences, "blocks": w.blocks, "size": w.size, "budget": w.budget}
-    scheduler, twin = Scheduler(**options), Scheduler(**options)
+    scheduler, twin = (
+        Scheduler(lanes=w.lanes, sequences=w.sequences, pool=BlockPool(w.blocks, w.size, w.caching), budget=w.budget)
+        for _ in range(2)
+    )
     arrivals = sorted(requests, key=lambda request: w.requests[request.index][0])
     twins = {request.index: copy.deepcopy(request) for request in requests}
     flying: dict[int, tuple[Step, Step]] = {}
@@ -103,7 +112,7 @@ def test_any_work_is_scheduled_whole_in_order_and_alike_everywhere(w: Work) -> N
             assert sum(map(len, step.tokens)) <= max(w.budget, len(scheduler.running[lane]))
             for request, ids, start, table in zip(step.requests, step.tokens, step.starts, step.tables, strict=True):
                 assert ids and ids == request.tokens[start : start + len(ids)]
-                assert start == before[request.index] or start == 0
+                assert start in (before[request.index], 0) or (w.caching and start % w.size == 0)
                 assert len(table) * w.size >= start + len(ids)
             sampling = [r.index for s, _ in flying.values() for r in s.sampled if not r.aborted]
             assert not {r.index for r in step.requests} & set(sampling), "its last token is not known yet"
@@ -111,7 +120,7 @@ def test_any_work_is_scheduled_whole_in_order_and_alike_everywhere(w: Work) -> N
         else:
             assert step is other is None
         tick += 1
-    assert len(scheduler.free) == w.blocks
+    assert scheduler.pool.room == w.blocks
     for request in requests:
         if not request.aborted and request.index not in w.aborted.values():
             assert request.output_ids == [

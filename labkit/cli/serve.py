@@ -128,6 +128,12 @@ def serve(
     max_num_seqs: MaxNumSeqs = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(help="tokens of one step")] = 4096,
     kv_cache_tokens: Annotated[int | None, typer.Option(help="room in the KV cache of each replica")] = None,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching", help="compute once what prompts begin with alike, as a conversation so far"
+        ),
+    ] = False,
     seed: Seed = 0,
     threads: Threads = None,
     link: LinkRate = None,
@@ -166,6 +172,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_tokens=kv_cache_tokens,
+        enable_prefix_caching=enable_prefix_caching,
         seed=seed,
         threads=threads,
         link=link,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from labkit.engine.llm import LIVE, LLM, Prompt
-from labkit.engine.outputs import TextStream, log_probabilities, request_output
+from labkit.engine.outputs import TextStream, cached_tokens, log_probabilities, request_output
 from labkit.engine.requests import (
     Abort,
     CompletionOutput,
@@ -63,7 +63,7 @@ class AsyncLLM:
         self._by_id: dict[str, _Caller] = {}
         self._next = 0
         self._progress: dict[int, Progress] = {}  # the last of each replica
-        self._totals = {"steps": 0, "prompt_tokens": 0, "generation_tokens": 0}
+        self._totals = {"steps": 0, "prompt_tokens": 0, "cached_tokens": 0, "generation_tokens": 0}
         self._failed: BaseException | None = None
         self._group.send(LIVE)
         self._reader = threading.Thread(target=self._read, name="labkit-reader", daemon=True)
@@ -117,6 +117,7 @@ class AsyncLLM:
                 if going:
                     yield self._so_far(name, prompt, samples, streams, began, None)
             self._totals["prompt_tokens"] += len(requests[0].prompt_ids)
+            self._totals["cached_tokens"] += cached_tokens(samples[requests[0].index][1])
             yield request_output(name, prompt, list(samples.values()), tokenizer)
         finally:
             self._by_id.pop(name, None)
@@ -136,7 +137,8 @@ class AsyncLLM:
 
     def stats(self) -> dict[str, int]:
         """Where the engine stands: requests running and waiting, blocks of KV cache used and there, on all replicas together;
-        preemptions, restarts, steps that gave tokens, and tokens of prompts and outputs served so far."""
+        preemptions, restarts, steps that gave tokens, and tokens of prompts (of them, those that were in the cache) and outputs
+        served so far."""
         seen = self._progress.values()
         fields = {"running": "running", "waiting": "waiting", "kv_blocks_used": "blocks_used", "kv_blocks": "blocks"}
         sums = {name: sum(getattr(p, field) for p in seen) for name, field in fields.items()}
@@ -236,5 +238,5 @@ class AsyncLLM:
         queued = min((tokens[0].queued for _, tokens in samples.values() if tokens), default=now)
         return RequestOutput(
             name, prompt if isinstance(prompt, str) else None, next(iter(samples.values()))[0].prompt_ids, outputs,
-            reason is not None, RequestMetrics(queued, first, None, count / now),
+            reason is not None, RequestMetrics(queued, first, None, count / now), cached_tokens(next(iter(samples.values()))[1]),
         )  # fmt: skip

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from labkit.comm import Comm, Pending, Tally
+from labkit.engine.blocks import BlockPool
 from labkit.engine.graphs import DecodeGraphs
 from labkit.engine.requests import Abort, Message, Progress, Request, Token
 from labkit.engine.sampling import sample
@@ -43,7 +44,8 @@ class EngineOptions:
     """What all ranks must agree on before they load: numbers of sequences and tokens, dtype name, seed of random weights.
 
     overlap: how a step is cut so that its communication is hidden (`parallel.overlap`). spread: which rank has which experts,
-    and how tokens reach them (`parallel.expert`). enforce_eager: no CUDA graphs (`engine.graphs`). trace: keep each operation's
+    and how tokens reach them (`parallel.expert`). prefix_caching: what requests begin with alike is computed once, and kept from
+    one `generate` to the next (`engine.blocks`). enforce_eager: no CUDA graphs (`engine.graphs`). trace: keep each operation's
     times. debug: compare each step's plan over the ranks that take it together, and name the one that differs.
     """
 
@@ -55,6 +57,7 @@ class EngineOptions:
     overlap: str = "none"
     kv_cache_tokens: int | None = None
     spread: Spread = field(default_factory=Spread)
+    prefix_caching: bool = False
     enforce_eager: bool = False
     trace: bool = False
     debug: bool = False
@@ -68,6 +71,7 @@ class Counts:
     """What one `generate` did on one rank."""
 
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens that were not computed: their K and V were in the cache
     prefill_steps: int = 0
     decode_tokens: int = 0  # tokens sampled in decode steps, those without any prompt tokens
     decode_steps: int = 0
@@ -94,6 +98,7 @@ class Engine:
             self.decoder = Decoder(model.config, comm, DTYPES[options.dtype], options.spread)
             fill(self.decoder.parameters(), weights)
             self.cache = self.decoder.cache(self._blocks(), BLOCK)
+        self.pools: dict[int, BlockPool] = {}  # by replica; none while requests are being served
         self.graphs = DecodeGraphs(self.decoder, self.cache, comm) if self._recordable() else None
         self.bytes_read = weights.bytes_read
         _keep_freed_memory()
@@ -132,10 +137,12 @@ class Engine:
             moe.load.zero_()
         counts = self.counts = Counts()
         began = time.perf_counter()
+        # A run that is given up half-way leaves none: what it had planned may never have been computed.
+        pools, self.pools = self.pools, {}
         schedulers = {
             replica: Scheduler(
-                lanes=self.lanes, sequences=self.options.max_num_seqs, blocks=self.cache.blocks, size=BLOCK,
-                budget=self.options.max_num_batched_tokens,
+                lanes=self.lanes, sequences=self.options.max_num_seqs, budget=self.options.max_num_batched_tokens,
+                pool=pools.get(replica) or BlockPool(self.cache.blocks, BLOCK, self.options.prefix_caching),
             )
             for replica in self.followed
         }  # fmt: skip
@@ -172,7 +179,9 @@ class Engine:
                 counts.ticks = tick + 1
                 self._count(mine)
                 for request in mine.requests:
-                    queued.setdefault(request.index, time.perf_counter() - began - arrived[request.index])
+                    if request.index not in queued:
+                        queued[request.index] = time.perf_counter() - began - arrived[request.index]
+                        counts.cached_tokens += request.cached
             # What comes for the next tick is awaited from now on, so that it can arrive meanwhile.
             later = self._expect(steps[stage - 1]) if stage else None
             y = self._forward(steps[stage], hidden) if steps[stage] else None
@@ -191,15 +200,17 @@ class Engine:
                     for token in tokens:
                         if token.finish_reason:
                             del arrived[token.request], queued[token.request]
-                    used = own.blocks - len(own.free)
+                    blocks = own.pool.blocks
                     yield Progress(
-                        tokens, self.replica, own.in_flight, len(own.waiting), used, own.blocks, own.preemptions
-                    )
+                        tokens, self.replica, own.in_flight, len(own.waiting), blocks - own.pool.room, blocks, own.preemptions
+                    )  # fmt: skip
         self.comm.flush()
         if self.graphs:
             self.graphs.settle()
         counts.seconds = time.perf_counter() - began
         counts.preemptions = own.preemptions
+        if self.options.prefix_caching:
+            self.pools = {replica: scheduler.pool for replica, scheduler in schedulers.items()}
 
     def _admit(self, schedulers: dict[int, Scheduler], requests: list[Request]) -> None:
         """Hands requests to their replicas, in turn by number."""
@@ -313,6 +324,7 @@ class Engine:
             "peak_rss_bytes": _peak_rss(),
             "bubble_fraction": 1 - steps / span if steps else 0.0,
             "prompt_tokens": counts.prompt_tokens,
+            "cached_tokens": counts.cached_tokens,
             "prefill_steps": counts.prefill_steps,
             "decode_tokens": counts.decode_tokens,
             "decode_steps": counts.decode_steps,
@@ -408,10 +420,10 @@ def _token(request: Request, row: Any, now: float, queued: float) -> Token:
     """A sampled id, or a row of `sample` that has log probabilities too."""
     wanted = request.params.logprobs
     if not isinstance(row, list):
-        return Token(request.index, row, now, request.finish_reason, queued)
+        return Token(request.index, row, now, request.finish_reason, queued, request.cached)
     token, logprob, half = int(row[0]), row[1], len(row) // 2 - 1
     logprobs = None
     if wanted is not None:
         likeliest = zip(map(int, row[2 : 2 + wanted]), row[2 + half :], strict=False)
         logprobs = {token: logprob, **dict(likeliest)}
-    return Token(request.index, token, now, request.finish_reason, queued, logprobs)
+    return Token(request.index, token, now, request.finish_reason, queued, request.cached, logprobs)

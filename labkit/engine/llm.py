@@ -71,6 +71,9 @@ class LLM:
         link: between the ranks, as "1gbit" or "200mbit,50us" (`labkit.links`); its measured rate is in the report.
         overlap: "none"; "chunks" (pieces of each prompt) or "two-batch" (two halves of the sequences) hide communication over
             a slow link behind computation (`labkit.parallel.overlap`).
+        enable_prefix_caching: keep K and V of what has been computed while there is room, so that a request which begins with
+            the same tokens (a conversation so far, a system prompt, the prompt of n outputs) computes only the rest. Each replica
+            keeps its own. Off, unlike vLLM's, so that the same prompt can be measured twice.
         enforce_eager: on GPUs, launch every kernel of a decode step by itself instead of repeating a CUDA graph.
         trace: keep what each rank did when, for `trace()`.
         debug: compare each step's plan over the ranks, and name the rank and step that differ (slow).
@@ -105,6 +108,7 @@ class LLM:
         distributed_executor_backend: str = "mp",
         link: Link | str | None = None,
         overlap: str = "none",
+        enable_prefix_caching: bool = False,
         enforce_eager: bool = False,
         trace: bool = False,
         debug: bool = False,
@@ -134,6 +138,7 @@ class LLM:
             kv_cache_tokens=None if kv_cache_tokens is None else _at_least_one("kv_cache_tokens", kv_cache_tokens),
             overlap=_one_of("overlap", overlap, MODES),
             spread=spread,
+            prefix_caching=enable_prefix_caching,
             enforce_eager=enforce_eager,
             trace=trace,
             debug=debug,

@@ -55,7 +55,13 @@ def request_output(request_id: str, prompt: object, samples: Sequence[Sample], t
             tpot_s=(last - first) / (longest - 1) if longest > 1 else None,
             tokens_per_s=len(times) / last if times else 0.0,
         ),
+        num_cached_tokens=cached_tokens(samples[0][1]),
     )
+
+
+def cached_tokens(tokens: Sequence[Token]) -> int:
+    """Of an output's prompt, those that the KV cache had."""
+    return tokens[0].cached if tokens else 0
 
 
 def _completion(index: int, request: Request, tokens: list[Token], tokenizer: Any) -> CompletionOutput:

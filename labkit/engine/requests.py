@@ -117,7 +117,10 @@ class Request:
     tokens: list[int] = field(default_factory=list)  # prompt and output
     computed: int = 0  # of these, those whose K and V are in the cache
     recompute: int = 0  # how many had been there when the request last lost its blocks
+    cached: int = 0  # of the tokens it came with, those whose K and V were in the cache already
     blocks: list[int] = field(default_factory=list)
+    learned: int = 0  # how many of them the pool knows, and the number that it gave their text (`engine.blocks`)
+    text_number: int = 0
     aborted: bool = False
     text: str = ""  # of the output; kept only if there are strings to stop at
     detokenizer: Callable[[int], str | None] | None = None
@@ -187,7 +190,8 @@ class InFlight:
 class Token:
     """One generated token: of which request, when (seconds after `generate` began), and why it was the last, if it was.
 
-    queued: seconds from the request's arrival until it was first computed. logprobs: of this and of the likeliest tokens, by id.
+    queued: seconds from the request's arrival until it was first computed. cached: tokens of its prompt that were not, since the
+    KV cache had them. logprobs: of this and of the likeliest tokens, by id.
     """
 
     request: int
@@ -195,6 +199,7 @@ class Token:
     seconds: float
     finish_reason: str | None
     queued: float
+    cached: int = 0
     logprobs: dict[int, float] | None = None
 
 
@@ -247,9 +252,12 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
+    """What came of a prompt. num_cached_tokens: its tokens that the KV cache had when the first output began."""
+
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    num_cached_tokens: int = 0

@@ -3,7 +3,7 @@
 Continuous batching (Orca, OSDI 2022): requests join and leave between steps. A step takes one token of every running request
 of a lane, and fills up with pieces of waiting prompts (chunked prefill, Sarathi-Serve, arXiv 2403.02310). K and V lie in
 blocks; when none is left, the youngest request gives up its own and is computed again later, prompt and output, so nothing of
-it is lost.
+it is lost. With prefix caching (`engine.blocks`) a request computes only what comes behind the blocks that it finds.
 
 Lanes keep the stages of a pipeline busy: while one lane's step is on stage 1, another's is on stage 0. A running request is
 bound to a lane, since its next token needs its last; pieces of one prompt need nothing from the last stage, so they go with
@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
+from labkit.engine.blocks import BlockPool
 from labkit.engine.requests import Request
 from labkit.split import even
 
@@ -48,16 +49,15 @@ class Scheduler:
     Args:
         lanes: how many batches take turns.
         sequences: requests that may run at once, in all lanes together.
-        blocks, size: cache blocks, and tokens in one. A request that needs more than all of them must not come here.
+        pool: cache blocks. A request that needs more than all of them must not come here.
         budget: tokens that one step takes at most, but at least one of each running request of its lane.
     """
 
-    def __init__(self, *, lanes: int, sequences: int, blocks: int, size: int, budget: int) -> None:
+    def __init__(self, *, lanes: int, sequences: int, pool: BlockPool, budget: int) -> None:
         self.waiting: deque[Request] = deque()
         self.filling: list[Request] = []  # admitted, prompt not yet computed to its end; no lane is theirs yet
         self.running: list[list[Request]] = [[] for _ in range(lanes)]
-        self.sequences, self.size, self.budget = sequences, size, budget
-        self.blocks, self.free = blocks, list(range(blocks))[::-1]
+        self.sequences, self.pool, self.budget = sequences, pool, budget
         self.preemptions = 0
 
     @property
@@ -85,6 +85,9 @@ class Scheduler:
     def next_step(self, lane: int) -> Step | None:
         """What `lane` does on its turn. None: nothing."""
         step = Step()
+        for requests in (self.filling, *self.running):
+            for request in requests:
+                self._learn(request)  # what earlier steps compute is there for this one
         running = self.running[lane]
         for request in list(running):
             if request in running and self._grow(request, lane):  # or it was the youngest, and gave up its blocks
@@ -124,20 +127,30 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Lets waiting requests in, first come first served, as long as their tokens so far and one more have blocks."""
+        size = self.pool.size
         while self.waiting and self.in_flight < self.sequences:
             request = self.waiting[0]
-            needed = -(-(len(request.tokens) + 1) // self.size)
-            if needed > len(self.free):
+            shared, text = self.pool.known(request.tokens)
+            next_block = (len(shared) + 1) * size
+            if self.pool.prefix_caching and next_block < len(request.tokens):
+                beginning = request.tokens[:next_block]
+                if any(other.tokens[:next_block] == beginning for other in self.filling):
+                    return  # another one is computing what this one needs next
+            blocks = self.pool.take(-(-(len(request.tokens) + 1) // size), shared)
+            if blocks is None:
                 return
             self.waiting.popleft()
-            request.blocks = [self.free.pop() for _ in range(needed)]
+            request.blocks, request.learned, request.text_number = blocks, len(shared), text
+            request.computed = len(shared) * size
+            if not request.recompute:
+                request.cached = request.computed
             self.filling.append(request)
 
     def _grow(self, request: Request, lane: int) -> bool:
         """Finds a block for the next token of a running request; False if it had to give up its own."""
-        while len(request.blocks) * self.size <= request.computed:
-            if self.free:
-                request.blocks.append(self.free.pop())
+        while len(request.blocks) * self.pool.size <= request.computed:
+            if block := self.pool.take(1):
+                request.blocks += block
                 continue
             # Requests of other lanes may be under way; those still filling have sampled nothing.
             victim = (self.filling or self.running[lane])[-1]
@@ -152,10 +165,20 @@ class Scheduler:
         self.waiting.appendleft(request)
         self.preemptions += 1
 
+    def _learn(self, request: Request) -> None:
+        """Tells the pool what the request's full blocks hold. Not while a step is planned, which would read what it computes."""
+        size = self.pool.size
+        while self.pool.prefix_caching and (request.learned + 1) * size <= request.computed:
+            at = request.learned
+            tokens = request.tokens[at * size : (at + 1) * size]
+            request.text_number = self.pool.learn(request.text_number, request.blocks[at], tokens)
+            request.learned += 1
+
     def _release(self, request: Request) -> None:
-        self.free += request.blocks[::-1]
+        self._learn(request)
+        self.pool.give_back(request.blocks)
         request.recompute = max(request.recompute, request.computed)
-        request.blocks, request.computed = [], 0
+        request.blocks, request.computed, request.learned, request.text_number = [], 0, 0, 0
 
     def _take(self, step: Step, request: Request, n: int) -> None:
         start, stop = request.computed, request.computed + n

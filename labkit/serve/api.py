@@ -146,10 +146,15 @@ CHAT = Style(
 )  # fmt: skip
 
 
-def usage(outputs: dict[int, RequestOutput]) -> dict[str, int]:
+def usage(outputs: dict[int, RequestOutput]) -> dict[str, Any]:
     prompt = sum(len(output.prompt_token_ids) for output in outputs.values())
     completion = sum(len(each.token_ids) for output in outputs.values() for each in output.outputs)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs.values())},
+    }
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:

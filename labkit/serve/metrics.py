@@ -42,6 +42,7 @@ class Metrics:
             (CounterMetricFamily, "restarts", "Times that ranks were replaced, because one had failed.", stats["restarts"]),
             (CounterMetricFamily, "engine_steps", "Passes of a replica that gave tokens.", stats["steps"]),
             (CounterMetricFamily, "prompt_tokens", "Of requests that are done.", stats["prompt_tokens"]),
+            (CounterMetricFamily, "prefix_cache_hits", "Of these, tokens that the KV cache had.", stats["cached_tokens"]),
             (CounterMetricFamily, "generation_tokens", "Tokens generated.", stats["generation_tokens"]),
         ):  # fmt: skip
             family = kind(f"labkit:{name}", what, labels=["model_name"])
