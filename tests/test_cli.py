@@ -1,6 +1,7 @@
 """The command line as people and scripts use it: text for people, one JSON object with --json, honest exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_bench_decode_compares_with_sockets_and_one_rank() -> None:
     gains = [one / ours for one, ours in zip(rows[2]["tpot_ms_all"], rows[0]["tpot_ms_all"], strict=True)]
     assert rows[0]["speedup"] == pytest.approx(sum(gains) / 2)
     assert all(len(row["memory_gb_per_s_all"]) == len(gains) == 2 for row in rows)
+
+
+def test_bench_decode_for_people_shows_each_round_beside_the_memory(tmp_path: Path) -> None:
+    tiny.write("llama", tmp_path)
+    done = labkit(
+        "bench", "decode", "--model", f"random:{tmp_path / 'config.json'}", "--tp", "2", "--tokens", "3", "--prompt", "4",
+        "--repeats", "2", "--compare",
+    )  # fmt: skip
+    summary, rounds = done.stdout.split("round by round")
+    assert all(
+        re.search(rf"^ {name} +[\d.]+", summary, re.MULTILINE) for name in ("layout", "sockets alone", "one rank")
+    )
+    lines = re.findall(r"^ (\d) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) *$", rounds, re.MULTILINE)
+    assert [line[0] for line in lines] == ["1", "2"]
+    for _, layout, _, one, speedup, *memory in lines:
+        assert float(one) / float(layout) == pytest.approx(float(speedup), rel=0.02)
+        assert all(float(rate) > 0.5 for rate in memory)
 
 
 def test_bench_prefill_over_a_link_compares_tp_with_pp(tmp_path: Path) -> None:
