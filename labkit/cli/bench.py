@@ -349,8 +349,8 @@ def _with_range(row: dict[str, Any], column: str) -> str:
 
 
 def _rounds(rows: list[dict[str, Any]]) -> None:
-    """What took turns, round by round, beside what memory gave to all and to one: where the machine's speed changes, this tells
-    whether the speedup changes with it."""
+    """What took turns, round by round, beside what memory gave to all and to one, where it gave most first: on a machine whose
+    speed changes, this tells whether the speedup changes with it."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -359,8 +359,10 @@ def _rounds(rows: list[dict[str, Any]]) -> None:
     columns["speedup"] = [b / a for a, b in zip(layout["tpot_ms_all"], one["tpot_ms_all"], strict=True)]
     for row in (layout, one) if layout["memory_gb_per_s_all"] else ():
         columns[f"memory for {row['name']}, GB/s"] = row["memory_gb_per_s_all"]
-    table = Table("round", *columns, title="round by round", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, values in enumerate(zip(*columns.values(), strict=True), 1):
+    table = Table("round", *columns, title="round by round, by memory", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rounds = enumerate(zip(*columns.values(), strict=True), 1)
+    memory = layout["memory_gb_per_s_all"] or [0.0] * len(layout["tpot_ms_all"])
+    for number, values in sorted(rounds, key=lambda each: -memory[each[0] - 1]):
         table.add_row(str(number), *map(cell, values))
     console.print(table)
 
