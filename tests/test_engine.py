@@ -180,6 +180,15 @@ def test_a_prompt_that_begins_like_another_computes_only_the_rest() -> None:
     )  # the last token that was generated was never computed
 
 
+@pytest.mark.parametrize("caching", [False, True])
+def test_what_comes_computed_is_not_computed_again(caching: bool) -> None:
+    """A dry run has no cache to fill: it decodes behind a prompt as if it had been computed."""
+    ready = Request(0, [7] * 9, SamplingParams(), 0, frozenset(), max_tokens=2, computed=8)
+    scheduler = scheduler_of([ready], lanes=1, sequences=4, blocks=9, budget=64, caching=caching)
+    step = scheduler.next_step(0)
+    assert step and step.tokens == [[7]] and step.starts == [8] and ready.cached == 0
+
+
 def test_nothing_is_read_in_the_step_that_computes_it() -> None:
     first, second = request(7, 3, 9), request(14, 6, 1)  # the same token again and again
     scheduler = scheduler_of([first], lanes=1, sequences=4, blocks=9, budget=64, caching=True)

@@ -141,9 +141,9 @@ class Scheduler:
                 return
             self.waiting.popleft()
             request.blocks, request.learned, request.text_number = blocks, len(shared), text
-            request.computed = len(shared) * size
+            request.computed = max(request.computed, len(shared) * size)  # a dry run's come with their prompt computed
             if not request.recompute:
-                request.cached = request.computed
+                request.cached = len(shared) * size
             self.filling.append(request)
 
     def _grow(self, request: Request, lane: int) -> bool:
