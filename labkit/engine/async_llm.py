@@ -116,9 +116,10 @@ class AsyncLLM:
                         going.discard(token.request)
                 if going:
                     yield self._so_far(name, prompt, samples, streams, began, None)
-            self._totals["prompt_tokens"] += len(requests[0].prompt_ids)
-            self._totals["cached_tokens"] += cached_tokens(samples[requests[0].index][1])
-            yield request_output(name, prompt, list(samples.values()), tokenizer)
+            output = request_output(name, prompt, list(samples.values()), tokenizer)
+            self._totals["prompt_tokens"] += len(output.prompt_token_ids)
+            self._totals["cached_tokens"] += output.num_cached_tokens
+            yield output
         finally:
             self._by_id.pop(name, None)
             with self._lock:
@@ -227,6 +228,7 @@ class AsyncLLM:
         began: float, reason: str | None,
     ) -> RequestOutput:  # fmt: skip
         outputs = []
+        request, its = next(iter(samples.values()))
         for i, (index, (_, tokens)) in enumerate(samples.items()):
             ended = tokens[-1].finish_reason if tokens else None
             text = streams[index].text if streams else ""
@@ -237,6 +239,6 @@ class AsyncLLM:
         count = sum(len(tokens) for _, tokens in samples.values())
         queued = min((tokens[0].queued for _, tokens in samples.values() if tokens), default=now)
         return RequestOutput(
-            name, prompt if isinstance(prompt, str) else None, next(iter(samples.values()))[0].prompt_ids, outputs,
-            reason is not None, RequestMetrics(queued, first, None, count / now), cached_tokens(next(iter(samples.values()))[1]),
+            name, prompt if isinstance(prompt, str) else None, request.prompt_ids, outputs, reason is not None,
+            RequestMetrics(queued, first, None, count / now), cached_tokens(its),
         )  # fmt: skip

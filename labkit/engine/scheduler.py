@@ -15,6 +15,7 @@ No clock, no random order and nothing that differs between ranks enters here.
 from collections import deque
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 
 from labkit.engine.blocks import BlockPool
 from labkit.engine.requests import Request
@@ -85,8 +86,8 @@ class Scheduler:
     def next_step(self, lane: int) -> Step | None:
         """What `lane` does on its turn. None: nothing."""
         step = Step()
-        for requests in (self.filling, *self.running):
-            for request in requests:
+        if self.pool.prefix_caching:
+            for request in chain(self.filling, *self.running):
                 self._learn(request)  # what earlier steps compute is there for this one
         running = self.running[lane]
         for request in list(running):

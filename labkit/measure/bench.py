@@ -69,9 +69,10 @@ def in_turns(
                 ids[name] = [output.outputs[0].token_ids for output in outputs]
                 report = llm.report()
                 runs[name].append(report | {"seconds": batches[name] * tokens / report["tokens_per_s"]})
-                measured = roofs.setdefault(roofline.workers(report), [])
+                workers = roofline.workers(report)
+                measured = roofs.setdefault(workers, [])
                 if not in_torchrun() and len(measured) == turn:  # at once: the next one's turn may last seconds
-                    measured.append(roofline.measure(*roofline.workers(report)))
+                    measured.append(roofline.measure(*workers))
     finally:
         for llm in llms.values():
             llm.close()
